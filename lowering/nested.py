@@ -1,0 +1,40 @@
+"""The compiler that gets the rewritten graph: Inductor, or any backend that torch.compile knows."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from quarot_fx.errors import UnknownOptionError
+from quarot_fx.lowering.lift import Lifted
+
+MODES: dict[str, dict[str, Any]] = {
+    "default": {},
+    "reduce-overhead": {"triton.cudagraphs": True},
+    "max-autotune-no-cudagraphs": {"max_autotune": True, "coordinate_descent_tuning": True},
+    "max-autotune": {"max_autotune": True, "coordinate_descent_tuning": True, "triton.cudagraphs": True},
+}
+
+
+def check_nested_backend(name: str, mode: str | None) -> None:
+    """Raise :class:`UnknownOptionError` if there is no such backend or mode; the nearest name is suggested."""
+    known = {"eager", *torch._dynamo.list_backends(exclude_tags=())} - {"quarot"}
+    if name not in known:
+        raise UnknownOptionError("nested_backend", name, known)
+    if (mode or "default") not in MODES:
+        raise UnknownOptionError("mode", str(mode), MODES)
+
+
+def compile_nested(lifted: Lifted, name: str, mode: str | None) -> Callable[..., Any]:
+    """Compile a lifted graph for inference. Must be called while Dynamo compiles, whose guards it may add to."""
+    module, inputs = lifted.graph_module, lifted.fake_inputs()
+    if name == "eager":
+        return module.forward
+    with torch.no_grad():
+        if name == "inductor":
+            from torch._inductor.compile_fx import compile_fx
+
+            return compile_fx(module, inputs, config_patches=MODES[mode or "default"])
+        return torch._dynamo.lookup_backend(name)(module, inputs)

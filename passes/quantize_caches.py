@@ -1,0 +1,52 @@
+"""Keys and values are quantised where attention reads them, each head once."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import fx
+
+from quarot_fx.attention import before_repetition, reads_of_keys_and_values
+from quarot_fx.config import UNQUANTIZED_BITS, QuantScheme
+from quarot_fx.errors import GroupSizeError
+from quarot_fx.graph import Constants, Inserter, after, argument_nodes, module_path, replace_arguments
+from quarot_fx.passes.base import Pass
+from quarot_fx.passes.quantized import insert_quantized
+from quarot_fx.program import Program
+from quarot_fx.report import PassReport
+
+
+@dataclass(frozen=True)
+class QuantizeCaches(Pass):
+    """``K, V -> scale (codes - zero)`` per token and head (QuaRot, section 4, stage 2c). A cache that the caller made
+    keeps real numbers in the canonical basis: they are rotated and quantised at every read."""
+
+    requires: ClassVar[tuple[str, ...]] = ("rotate",)
+    tolerance: ClassVar[float | None] = None
+
+    def run(self, program: Program, report: PassReport) -> None:
+        constants = Constants(program.graph)
+        made: dict[tuple[fx.Node, QuantScheme], fx.Node] = {}
+        for read in list(reads_of_keys_and_values(program.graph)):
+            scheme = self.config.key_scheme if read.kind == "key" else self.config.value_scheme
+            where = module_path(read.user)
+            user, place = before_repetition(read)
+            x = argument_nodes(user)[place]
+            if scheme.bits == UNQUANTIZED_BITS:
+                report.decline(where, f"{read.kind[0]}_bits=16 asks to leave {read.kind}s alone")
+                continue
+            if user is read.user and read.dim != -1:
+                report.decline(where, f"{read.kind}s are read with head_dim not last, by {user.target}")
+                continue
+            if x in constants:
+                report.decline(where, f"{read.kind}s are constant")
+                continue
+            size = x.meta["val"].shape[-1]
+            if scheme.group is not None and size % scheme.group:
+                raise GroupSizeError(option="kv_group", group=scheme.group, size=size, where=f"a {read.kind} of {where}")
+            if (x, scheme) not in made:
+                with program.graph.inserting_before(after(x)):
+                    made[x, scheme] = insert_quantized(Inserter(program.graph, self.name, read.user), x, scheme)
+            replace_arguments(user, {place: made[x, scheme]})
+            report.matched += 1

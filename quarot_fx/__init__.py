@@ -1,0 +1,36 @@
+"""quarot_fx: ``torch.compile(model, backend="quarot")`` makes a decoder language model run in 4 bits.
+
+Importing this module loads neither Triton nor transformers, and torch only when something of it is used.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+__version__ = "0.1.0.dev0"
+
+_HOME = {
+    "QuarotConfig": "quarot_fx.config",
+    "QuantScheme": "quarot_fx.config",
+    "rewrite": "quarot_fx.inspection",
+    "explain": "quarot_fx.inspection",
+    "Report": "quarot_fx.report",
+    "Program": "quarot_fx.program",
+    "RotationPlan": "quarot_fx.basis.plan",
+    "Rotation": "quarot_fx.rotation",
+    "Pass": "quarot_fx.passes.base",
+    "QuarotError": "quarot_fx.errors",
+}
+__all__ = [*sorted(_HOME), "__version__"]
+
+
+def __getattr__(name: str) -> Any:
+    """Load a public name when it is first used."""
+    if name not in _HOME:
+        raise AttributeError(f"module 'quarot_fx' has no attribute {name!r}")
+    return getattr(importlib.import_module(_HOME[name]), name)
+
+
+def __dir__() -> list[str]:
+    return __all__

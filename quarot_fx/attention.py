@@ -1,0 +1,118 @@
+"""Attention in its spellings: where keys and values are read."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import fx
+
+from quarot_fx.graph import argument_nodes, Constants, is_tensor
+
+aten = torch.ops.aten
+FUSED = "aten.scaled_dot_product_attention.default"
+PRODUCTS = ("aten.matmul.default", "aten.bmm.default", "aten.baddbmm.default")
+SOFTMAX = ("aten.softmax.int", "aten._softmax.default")
+REACH = 16  # operators between the scores and the softmax (scale, cap, mask, casts), or after it, at most
+
+
+@dataclass(frozen=True)
+class Read:
+    """A read of keys or values by a product.
+
+    Attributes:
+        kind: ``"key"`` or ``"value"``.
+        user: the node that reads.
+        place: among the user's argument nodes.
+        dim: the axis that is head_dim there, negative.
+    """
+
+    kind: str
+    user: fx.Node
+    place: int
+    dim: int
+
+    @property
+    def tensor(self) -> fx.Node:
+        """What is read."""
+        return argument_nodes(self.user)[self.place]
+
+
+def reads_of_keys_and_values(graph: fx.Graph) -> Iterator[Read]:
+    """Yield the reads of keys and values of every attention: fused, or a softmax between two products."""
+    constants = Constants(graph)
+    for node in graph.nodes:
+        if str(node.target) == FUSED:
+            yield Read("key", node, 1, -1)
+            yield Read("value", node, 2, -1)
+        elif str(node.target) in SOFTMAX:
+            scores = _back_to_product(node, constants)
+            mix = _on_to_product(node, constants)
+            if scores is not None and mix is not None:
+                yield Read("key", scores, len(_operands(scores)) - 1, -2)
+                yield Read("value", mix, len(_operands(mix)) - 1, -1)
+
+
+def before_repetition(read: Read) -> tuple[fx.Node, int]:
+    """Follow a read back through the repetition of heads (and transposes) to where each head exists once.
+
+    Returns:
+        the user and the place where the unrepeated tensor, head_dim last, is read; the read itself if none is.
+    """
+    user, place, dim = read.user, read.place, read.dim
+    best: tuple[fx.Node, int] | None = (user, place) if dim == -1 else None
+    while True:
+        node = argument_nodes(user)[place]
+        step = _through(node, dim)
+        if step is None or len(node.users) != 1:
+            return best if best is not None else (read.user, read.place)
+        user, place, dim = node, 0, step
+        if dim == -1:
+            best = (user, place)
+
+
+def _through(node: fx.Node, dim: int) -> int | None:
+    """Where head_dim is in a view's source, or None if the node is anything but a repetition or a move of axes."""
+    target = str(node.target)
+    source = argument_nodes(node)[0] if argument_nodes(node) else None
+    if source is None or not is_tensor(source):
+        return None
+    shape, origin = node.meta["val"].shape, source.meta["val"].shape
+    if target == "aten.transpose.int":
+        first, second = (d % len(shape) - len(shape) for d in node.args[1:3])  # type: ignore[operator]
+        return {first: second, second: first}.get(dim, dim)
+    keeps = ("aten.expand.default", "aten.unsqueeze.default", "aten.reshape.default", "aten.view.default",
+             "aten.repeat_interleave.self_int", "aten.contiguous.default", "aten.clone.default")  # fmt: skip
+    if target in keeps and dim == -1 and shape[-1] == origin[-1] and len(origin) >= 3:
+        return -1
+    return None
+
+
+def _operands(product: fx.Node) -> list[fx.Node]:
+    return argument_nodes(product)
+
+
+def _is_product(node: fx.Node, constants: Constants) -> bool:
+    return str(node.target) in PRODUCTS and not any(operand in constants for operand in _operands(node)[-2:])
+
+
+def _back_to_product(softmax: fx.Node, constants: Constants) -> fx.Node | None:
+    frontier = [softmax]
+    for _ in range(REACH):
+        frontier = [s for node in frontier for s in node.all_input_nodes if is_tensor(s) and s not in constants]
+        found = [node for node in frontier if _is_product(node, constants)]
+        if found:
+            return found[0]
+    return None
+
+
+def _on_to_product(softmax: fx.Node, constants: Constants) -> fx.Node | None:
+    frontier = [softmax]
+    for _ in range(REACH):
+        users = [user for node in frontier for user in node.users if user.op == "call_function"]
+        for user in users:
+            if _is_product(user, constants) and _operands(user)[-2] in frontier:
+                return user
+        frontier = [user for user in users if is_tensor(user) and user.meta["val"].dtype.is_floating_point]
+    return None

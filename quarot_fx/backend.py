@@ -1,0 +1,69 @@
+"""``torch.compile(model, backend="quarot")``: the entry point that Dynamo calls, once for every graph of a model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import fx
+
+from quarot_fx.config import QuarotConfig
+from quarot_fx.errors import InputRequiresGradError, QuarotError
+
+
+def quarot(
+    gm: fx.GraphModule,
+    example_inputs: Sequence[Any],
+    *,
+    mode: str | None = None,
+    options: Mapping[str, Any] | None = None,
+    **_: Any,
+) -> Callable[..., Any]:
+    """Compile one graph of a model to 4 bits.
+
+    Args:
+        gm: Dynamo's graph; it stays as it is.
+        example_inputs: its arguments, parameters included.
+        mode: ``"default"``, ``"reduce-overhead"``, ``"max-autotune"`` or ``"max-autotune-no-cudagraphs"``, as for Inductor.
+        options: fields of :class:`~quarot_fx.config.QuarotConfig`.
+
+    Returns:
+        A callable with the graph's signature. If compilation fails, it raises our error when it is called: Dynamo
+        would wrap or even swallow an exception from here, and a user's ``except`` must meet the typed one.
+    """
+    try:
+        return compile_graph(gm, example_inputs, QuarotConfig.from_options(options), mode)
+    except QuarotError as error:
+        return _raising(error)
+
+
+def compile_graph(
+    gm: fx.GraphModule, example_inputs: Sequence[Any], config: QuarotConfig, mode: str | None = None
+) -> Callable[..., Any]:
+    """Capture, rewrite and compile one of Dynamo's graphs."""
+    from quarot_fx.binding import BoundGraph
+    from quarot_fx.capture import capture, is_parameter
+    from quarot_fx.lowering.nested import check_nested_backend, compile_nested
+    from quarot_fx.passes.pipeline import build_pipeline
+    from quarot_fx.store import SHARED
+    from quarot_fx.training import check_evaluation_mode
+
+    check_nested_backend(config.nested_backend, mode)
+    passes = build_pipeline(config)
+    placeholders = list(gm.graph.find_nodes(op="placeholder"))
+    for node, example in zip(placeholders, example_inputs, strict=True):
+        if isinstance(example, torch.Tensor) and example.requires_grad and not is_parameter(node):
+            raise InputRequiresGradError(name=node.name)
+    check_evaluation_mode(gm)
+    captured = capture(gm, example_inputs)
+    graph = BoundGraph(captured, passes, SHARED, config.free_originals, config.check)
+    graph.compile(example_inputs, lambda lifted: compile_nested(lifted, config.nested_backend, mode))
+    return graph
+
+
+def _raising(error: QuarotError) -> Callable[..., Any]:
+    def fail(*_: Any) -> Any:
+        raise error
+
+    return fail

@@ -1,0 +1,128 @@
+"""The rotation plan: which axes are rotated by what, where transforms run and why. Plain data."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Transform:
+    """A change of basis between a tensor and some of its uses.
+
+    Attributes:
+        node: the node whose result is transformed.
+        dim: its axis.
+        inner: elements of that axis that lie inside of the transformed factor (the axis is outer x order x inner).
+        rotation: the orthogonal matrix, by name (``"hadamard-1536"``).
+        inverse: by the transpose instead.
+        uses: ``(user node, place among its argument nodes)`` that read the transformed tensor.
+        online: runs whenever the model runs; otherwise a constant absorbs it.
+        shape: of the tensor, symbolic sizes as text.
+        where: for whom it is there, in the user's model.
+        why: what makes it necessary.
+    """
+
+    node: str
+    dim: int
+    inner: int
+    rotation: str
+    inverse: bool
+    uses: tuple[tuple[str, int], ...]
+    online: bool
+    shape: tuple[int | str, ...]
+    where: str
+    why: str
+
+
+@dataclass(frozen=True)
+class Site:
+    """A linear layer's input, or keys or values, that was to be rotated.
+
+    Attributes:
+        kind: ``"linear"``, ``"key"`` or ``"value"``.
+        node: the product that reads it.
+        name: the weight's parameter, or the place of the attention in the user's model.
+        rotated: ``"free"``, ``"online"``, ``"partly"`` or ``"no"``.
+        why: why it takes an online transform, or why it is not rotated.
+    """
+
+    kind: str
+    node: str
+    name: str
+    rotated: str
+    why: str = ""
+
+
+@dataclass(frozen=True)
+class RotationPlan:
+    """All that the rotate pass needs, and all that a reader wants to know.
+
+    Attributes:
+        transforms: every change of basis, of constants too.
+        sites: what became of everything that was to be rotated.
+        barriers: operators without a rule, with the number of times they occur.
+        cost: online transforms together, in elements x log2(order).
+    """
+
+    transforms: tuple[Transform, ...] = ()
+    sites: tuple[Site, ...] = ()
+    barriers: tuple[tuple[str, int], ...] = ()
+    cost: float = 0.0
+
+    @property
+    def online(self) -> tuple[Transform, ...]:
+        """The transforms that run whenever the model runs."""
+        return tuple(transform for transform in self.transforms if transform.online)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return JSON-able data."""
+        return asdict(self)
+
+    def to_json(self) -> str:
+        """Return the plan as JSON."""
+        return json.dumps(self.as_dict(), indent=1)
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> RotationPlan:
+        """Read a plan back from :meth:`as_dict`, also after a trip through JSON."""
+        return cls(
+            transforms=tuple(
+                Transform(**{**t, "uses": tuple((u, p) for u, p in t["uses"]), "shape": tuple(t["shape"])})
+                for t in data["transforms"]
+            ),
+            sites=tuple(Site(**site) for site in data["sites"]),
+            barriers=tuple((target, count) for target, count in data["barriers"]),
+            cost=data["cost"],
+        )
+
+    def __rich__(self) -> Any:
+        from rich.console import Group
+        from rich.table import Table
+
+        table = Table(title="online transforms", title_justify="left")
+        for column in ("for", "rotation", "axis of", "count", "because"):
+            table.add_column(column, justify="right" if column == "count" else "left", overflow="fold")
+        for row, count in Counter(_row(transform) for transform in self.online).items():
+            *head, why = row
+            table.add_row(*head, str(count), why)
+        absorbed = len(self.transforms) - len(self.online)
+        lines = [f"{absorbed} transforms are absorbed by weights"]
+        lines += [f"barrier: {target} has no rule ({count} times)" for target, count in self.barriers]
+        return Group(table, *lines)
+
+
+def _row(transform: Transform) -> tuple[str, str, str, str]:
+    import re
+
+    shape = "[" + ", ".join(str(size) for size in transform.shape) + f"] axis {transform.dim}"
+    rotation = transform.rotation + (" transposed" if transform.inverse else "")
+    return (
+        re.sub(r"\d+", "*", transform.where),
+        rotation,
+        shape,
+        re.sub(r"_\d+\b", "", transform.why),
+    )

@@ -1,0 +1,116 @@
+"""Which weights a compiled graph computes with. The dangerous step: one Dynamo graph serves every module whose guards
+pass, and guards look at neither the identity nor the content of a parameter.
+
+So at every call what arrives is compared with what was bound; where it differs, constants are made for what arrived.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from quarot_fx.capture import INPUT, Captured
+from quarot_fx.errors import CaptureError
+from quarot_fx.lowering.lift import Lifted, lift
+from quarot_fx.passes.base import Pass
+from quarot_fx.passes.pipeline import run_pipeline
+from quarot_fx.program import Program
+from quarot_fx.store import WeightStore, check_not_updated_after_freeing, free, version
+
+Compile = Callable[[Lifted], Callable[..., Any]]
+
+
+@dataclass(frozen=True)
+class Binding:
+    """The constants that were made from one set of parameters.
+
+    Attributes:
+        parts: place among the arguments, parameter and version of everything that went into a constant.
+        constants: in the order in which the compiled graph takes them.
+    """
+
+    parts: tuple[tuple[int, weakref.ref[torch.Tensor], tuple[int, int]], ...]
+    constants: tuple[torch.Tensor, ...]
+
+    def fits(self, arguments: Sequence[Any]) -> bool:
+        """Whether these arguments carry the parameters, unchanged, that the constants were made from."""
+        return all(
+            arguments[place] is parameter() and version(arguments[place]) == stamp
+            for place, parameter, stamp in self.parts
+        )
+
+    def is_stale(self) -> bool:
+        """Whether no call can fit any more: a parameter is gone or was changed."""
+        return any((tensor := parameter()) is None or version(tensor) != stamp for _, parameter, stamp in self.parts)
+
+
+class BoundGraph:
+    """What the backend returns to Dynamo: a compiled graph, and the constants for every set of weights it has met.
+
+    Args:
+        captured: the graph before any weight is bound.
+        passes: the pipeline.
+        store: of constants, shared with other graphs.
+        frees_originals: release a parameter once nothing but constants made from it is needed.
+        checks: run every exact pass against the stage before, on the first arguments.
+    """
+
+    def __init__(
+        self, captured: Captured, passes: Sequence[Pass], store: WeightStore, frees_originals: bool, checks: bool
+    ) -> None:
+        self._captured, self._passes, self._store = captured, passes, store
+        self._frees_originals, self._checks = frees_originals, checks
+        self._bindings: list[Binding] = []
+        self.program: Program | None = None
+
+    def compile(self, arguments: Sequence[Any], compile_lifted: Compile) -> None:
+        """Rewrite the graph with the first set of weights and compile it."""
+        lifted = self._bind(arguments)
+        self._form, self._places = lifted.form, lifted.places
+        self._run = compile_lifted(lifted)
+
+    def __call__(self, *arguments: Any) -> Any:
+        """Run the compiled graph with the constants that belong to the parameters among the arguments."""
+        binding = next((b for b in self._bindings if b.fits(arguments)), None)
+        if binding is None:
+            self._rebind(arguments)
+            binding = self._bindings[0]
+        with torch.no_grad():
+            return self._run(*[arguments[place] for place in self._places], *binding.constants)
+
+    def _rebind(self, arguments: Sequence[Any]) -> None:
+        for place in self._captured.parameters:
+            check_not_updated_after_freeing(arguments[place])
+        self._bindings = [binding for binding in self._bindings if not binding.is_stale()]
+        if self._bind(arguments).form != self._form:
+            raise CaptureError(
+                where="new weights in a compiled graph",
+                reason="the graph is rewritten differently for them; call torch.compiler.reset()",
+            )
+
+    def _bind(self, arguments: Sequence[Any]) -> Lifted:
+        program = self._captured.bind(arguments, self._store)
+        self.program = run_pipeline(program, self._passes, self._inputs(arguments) if self._checks else None)
+        lifted = lift(self.program.graph_module)
+        consumed = {
+            place: arguments[place]
+            for place in self._captured.parameters
+            if id(arguments[place]) in self.program.consumed
+        }
+        if self._frees_originals:
+            for place, parameter in consumed.items():
+                if place not in lifted.places:
+                    free(parameter, self._captured.parameters[place])
+        parts = tuple((place, weakref.ref(p), version(p)) for place, p in consumed.items())
+        self._bindings.insert(0, Binding(parts, lifted.constants))
+        return lifted
+
+    def _inputs(self, arguments: Sequence[Any]) -> list[Any]:
+        """Return the arguments that are not parameters, in the order of the program's placeholders."""
+        nodes = self._captured.graph_module.graph.find_nodes(op="placeholder")
+        places = [node.meta[INPUT] for node in nodes]
+        return [arguments[place] for place in places if place not in self._captured.parameters]

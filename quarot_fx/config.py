@@ -1,0 +1,206 @@
+"""All options of quarot, as one frozen dataclass. Defaults are the paper's settings (QuaRot, section 5)."""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, replace
+from functools import cached_property
+from typing import Any
+
+from quarot_fx.errors import OptionError, UnknownOptionError
+
+UNQUANTIZED_BITS = 16
+ROTATIONS = ("hadamard", "random", "none")
+OVERRIDABLE = ("w_bits", "a_bits", "w_group", "a_group", "w_sym", "a_sym", "w_clip", "a_clip")
+SKIP: Mapping[str, Any] = {"w_bits": UNQUANTIZED_BITS, "a_bits": UNQUANTIZED_BITS}
+
+
+@dataclass(frozen=True)
+class QuantScheme:
+    """How one tensor is mapped to integers.
+
+    Attributes:
+        bits: width of a code, 2 to 8.
+        group: elements of the last axis that share a scale; ``None`` means the whole axis.
+        symmetric: codes are signed and the zero point is 0; otherwise unsigned with a zero point per group.
+        clip: the scale is this fraction of the one that reaches the largest magnitude, or ``"search"``.
+    """
+
+    bits: int
+    group: int | None
+    symmetric: bool
+    clip: float | str
+
+
+@dataclass(frozen=True)
+class QuarotConfig:
+    """Options of the backend: ``torch.compile(model, backend="quarot", options={"w_bits": 8})``.
+
+    Attributes:
+        w_bits, a_bits: bits of weights and of the activations that enter them: 2 to 8, or 16 to leave them alone.
+        k_bits, v_bits: bits of the keys and values that attention reads, likewise.
+        kv_bits: sets both ``k_bits`` and ``v_bits``.
+        w_group: input channels of a weight that share a scale; ``None`` is per output channel.
+        a_group: channels of an activation that share a scale; ``None`` is per token.
+        kv_group: channels of a key or value that share a scale; ``None`` is the head dimension.
+        w_sym, a_sym, kv_sym: symmetric codes (True) or asymmetric with a zero point (False).
+        w_clip, a_clip, kv_clip: clip ratio in (0, 1]; ``w_clip="search"`` finds the best one for every group.
+        rotation: ``"hadamard"`` (randomised Hadamard matrices), ``"random"`` (random orthogonal matrices where
+            weights absorb them, Hadamard where they run online) or ``"none"``.
+        seed: of the random signs or matrices; the same seed gives the same weights on every machine.
+        overrides: weight options by parameter name, ``{"*.down_proj": {"w_bits": 8}, "*.gate": "skip"}``. Patterns
+            are those of ``fnmatch`` and match with or without the final ``.weight``; the last match wins.
+            Naming an output head or an embedding here is how one asks for it to be quantised.
+        pipeline: passes to run, as text (``"fold-biases,fold-gains,..."``); ``None`` is the default pipeline.
+        stop_after: name of the last pass to run.
+        disabled_passes: names of passes to leave out.
+        nested_backend: what compiles the rewritten graph: ``"inductor"``, ``"aot_eager"``, ``"eager"`` or any name
+            that ``torch.compile`` knows.
+        check: after each pass that must not change the output, run both graphs in float64 and compare.
+        free_originals: release the original weights as soon as their quantised form exists.
+
+    Raises:
+        OptionError: a value is out of range.
+        UnknownOptionError: an override names an option that a weight does not have.
+    """
+
+    w_bits: int = 4
+    a_bits: int = 4
+    k_bits: int = 4
+    v_bits: int = 4
+    kv_bits: int | None = None
+    w_group: int | None = None
+    a_group: int | None = None
+    kv_group: int | None = None
+    w_sym: bool = True
+    a_sym: bool = True
+    kv_sym: bool = False
+    w_clip: float | str = "search"
+    a_clip: float = 0.9
+    kv_clip: float = 0.95
+    rotation: str = "hadamard"
+    seed: int = 0
+    overrides: Mapping[str, Mapping[str, Any] | str] | tuple[Any, ...] = ()
+    pipeline: str | None = None
+    stop_after: str | None = None
+    disabled_passes: tuple[str, ...] = ()
+    nested_backend: str = "inductor"
+    check: bool = False
+    free_originals: bool = False
+
+    def __post_init__(self) -> None:
+        if self.kv_bits is not None:
+            self._set("k_bits", self.kv_bits)
+            self._set("v_bits", self.kv_bits)
+            self._set("kv_bits", None)  # so that replace(config, k_bits=...) is not overruled
+        if isinstance(self.disabled_passes, str):
+            self._set("disabled_passes", (self.disabled_passes,))
+        self._set("disabled_passes", tuple(self.disabled_passes))
+        self._set("overrides", _frozen_overrides(self.overrides))
+        for name in ("w_bits", "a_bits", "k_bits", "v_bits"):
+            _check_bits(name, getattr(self, name))
+        for name in ("w_group", "a_group", "kv_group"):
+            _check_group(name, getattr(self, name))
+        for name in ("w_clip", "a_clip", "kv_clip"):
+            _check_clip(name, getattr(self, name))
+        for name in ("w_sym", "a_sym", "kv_sym", "check", "free_originals"):
+            _check_flag(name, getattr(self, name))
+        if not isinstance(self.seed, int) or isinstance(self.seed, bool) or self.seed < 0:
+            raise OptionError(name="seed", value=self.seed, reason="must be an integer, 0 or more")
+        if self.rotation not in ROTATIONS:
+            raise UnknownOptionError("rotation", str(self.rotation), ROTATIONS)
+
+    def _set(self, name: str, value: Any) -> None:
+        object.__setattr__(self, name, value)
+
+    @classmethod
+    def from_options(cls, options: Mapping[str, Any] | None) -> QuarotConfig:
+        """Build a config from the ``options`` of ``torch.compile``.
+
+        Raises:
+            UnknownOptionError: a name is not an option; the nearest one is suggested.
+        """
+        known = {field.name for field in fields(cls)}
+        for name in options or {}:
+            if name not in known:
+                raise UnknownOptionError("option", str(name), known)
+        return cls(**(options or {}))
+
+    @property
+    def key_scheme(self) -> QuantScheme:
+        """How keys are quantised (per token and head)."""
+        return QuantScheme(self.k_bits, self.kv_group, self.kv_sym, self.kv_clip)
+
+    @property
+    def value_scheme(self) -> QuantScheme:
+        """How values are quantised (per token and head)."""
+        return QuantScheme(self.v_bits, self.kv_group, self.kv_sym, self.kv_clip)
+
+    @property
+    def weight_scheme(self) -> QuantScheme:
+        """How a weight is quantised (per output channel or group)."""
+        return QuantScheme(self.w_bits, self.w_group, self.w_sym, self.w_clip)
+
+    @property
+    def activation_scheme(self) -> QuantScheme:
+        """How the activation that enters a weight is quantised (per token or group)."""
+        return QuantScheme(self.a_bits, self.a_group, self.a_sym, self.a_clip)
+
+    @cached_property
+    def _override_patterns(self) -> dict[str, dict[str, Any]]:
+        return {pattern: dict(changes) for pattern, changes in self.overrides}
+
+    def override_for(self, parameter: str) -> str | None:
+        """Return the pattern in ``overrides`` that decides for a parameter, or ``None``."""
+        name = parameter.removesuffix(".weight")
+        matching = [
+            pattern
+            for pattern in self._override_patterns
+            if fnmatch.fnmatchcase(name, pattern) or fnmatch.fnmatchcase(parameter, pattern)
+        ]
+        return matching[-1] if matching else None
+
+    def for_parameter(self, parameter: str) -> QuarotConfig:
+        """Return the config that holds for one parameter, overrides applied."""
+        pattern = self.override_for(parameter)
+        return self if pattern is None else replace(self, overrides=(), **self._override_patterns[pattern])
+
+
+def _frozen_overrides(overrides: Any) -> tuple[Any, ...]:
+    """Turn ``{"*.x": {"w_bits": 8}}`` into nested tuples, so that a config stays hashable."""
+    frozen = []
+    for pattern, changes in overrides.items() if isinstance(overrides, Mapping) else overrides:
+        if changes in ("skip", None):
+            changes = SKIP
+        elif isinstance(changes, str):
+            raise OptionError(name="overrides", value={pattern: changes}, reason="give a mapping, or 'skip'")
+        changes = dict(changes)
+        for name in changes:
+            if name not in OVERRIDABLE:
+                raise UnknownOptionError("override", str(name), OVERRIDABLE)
+        frozen.append((pattern, tuple(sorted(changes.items()))))
+    return tuple(frozen)
+
+
+def _check_bits(name: str, bits: Any) -> None:
+    if not isinstance(bits, int) or isinstance(bits, bool) or not (2 <= bits <= 8 or bits == UNQUANTIZED_BITS):
+        raise OptionError(name=name, value=bits, reason=f"must be 2 to 8, or {UNQUANTIZED_BITS} to leave alone")
+
+
+def _check_group(name: str, group: Any) -> None:
+    if group is not None and (not isinstance(group, int) or isinstance(group, bool) or group < 1):
+        raise OptionError(name=name, value=group, reason="must be a positive integer, or None for no groups")
+
+
+def _check_clip(name: str, clip: Any) -> None:
+    if clip == "search" and name == "w_clip":
+        return
+    if isinstance(clip, bool) or not isinstance(clip, int | float) or not 0 < clip <= 1:
+        also = ', or "search"' if name == "w_clip" else ""
+        raise OptionError(name=name, value=clip, reason=f"must be a ratio in (0, 1]{also}")
+
+
+def _check_flag(name: str, flag: Any) -> None:
+    if not isinstance(flag, bool):
+        raise OptionError(name=name, value=flag, reason="must be True or False")

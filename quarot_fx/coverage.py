@@ -1,0 +1,64 @@
+"""The report of a rewritten program: what became of every linear layer and every cache, read off the graph itself."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import fx
+
+from quarot_fx.attention import before_repetition, reads_of_keys_and_values
+from quarot_fx.basis.plan import Site
+from quarot_fx.config import UNQUANTIZED_BITS
+from quarot_fx.graph import PARAMETER, argument_nodes, is_tensor, module_path, stored_tensor
+from quarot_fx.linear_like import linear_likes
+from quarot_fx.program import Program
+from quarot_fx.report import CacheRecord, LinearRecord, Report
+
+
+def cover(program: Program) -> Report:
+    """Return the report of a program that passes have run on."""
+    sites = {(site.kind, site.node): site for site in (program.plan.sites if program.plan else ())}
+    declined = {d.where: d.reason for report in program.reports for d in report.declined}
+    none = Site("", "", "", "no", "rotations were not placed")
+    linears = []
+    for linear in linear_likes(program.graph):
+        site = sites.get(("linear", linear.node.name), none)
+        w_bits, a_bits = _weight_bits(linear.weight), _activation_bits(linear.x)
+        is_left = w_bits == a_bits == UNQUANTIZED_BITS
+        reason = declined.get(linear.parameter, site.why) if is_left else site.why
+        linears.append(LinearRecord(linear.parameter, w_bits, a_bits, site.rotated, reason))
+    caches = []
+    for read in reads_of_keys_and_values(program.graph):
+        site = sites.get((read.kind, read.user.name), none)
+        user, place = before_repetition(read)
+        bits = _activation_bits(argument_nodes(user)[place])
+        caches.append(CacheRecord(module_path(read.user), read.kind, bits, site.rotated, site.why))
+    return Report(list(program.reports), program.plan, linears, caches, weight_bytes(program))
+
+
+def weight_bytes(program: Program) -> tuple[int, int]:
+    """Return the bytes of the parameters that the captured graph reads, and of what the graph holds now."""
+    now = {id(tensor): tensor for tensor in _stored(program.graph)}
+    return program.original_bytes, sum(tensor.nbytes for tensor in now.values())
+
+
+def _stored(graph: fx.Graph) -> Iterator[torch.Tensor]:
+    for node in graph.find_nodes(op="get_attr"):
+        if is_tensor(node) and PARAMETER in node.meta:
+            yield stored_tensor(node)
+
+
+def _weight_bits(weight: fx.Node) -> int:
+    if str(weight.target) == "aten.transpose.int":
+        weight = argument_nodes(weight)[0]
+    if str(weight.target) != "quarot.dequantize.default":
+        return UNQUANTIZED_BITS
+    return argument_nodes(weight)[0].args[1]  # type: ignore[return-value]
+
+
+def _activation_bits(x: fx.Node) -> int:
+    if str(x.target) != "quarot.dequantize.default":
+        return UNQUANTIZED_BITS
+    codes = argument_nodes(x)[0]
+    return argument_nodes(codes)[0].args[1]  # type: ignore[return-value]

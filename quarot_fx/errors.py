@@ -1,0 +1,164 @@
+"""Every mistake that a user can make has a class of its own here, with its place and its remedy in the message."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+from typing import Any, ClassVar
+
+
+class QuarotError(Exception):
+    """Base of all errors that quarot_fx raises on purpose.
+
+    A subclass states its message once, as a template; what it was raised with stays readable as
+    attributes (``error.name``, ``error.parameter``), so that programs need not parse text.
+    """
+
+    template: ClassVar[str] = "{reason}"
+
+    def __init__(self, **details: Any) -> None:
+        self.__dict__.update(details)
+        super().__init__(self.template.format(**details))
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """Return the hint ``" Did you mean 'x'?"`` for the known name closest to ``name``, or nothing."""
+    close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
+    return f" Did you mean {close[0]!r}?" if close else ""
+
+
+# -- options ---------------------------------------------------------------------------------------
+
+
+class OptionError(QuarotError, ValueError):
+    """An option has a value that it cannot have."""
+
+    template = "option {name}={value!r}: {reason}"
+
+
+class UnknownOptionError(QuarotError, ValueError):
+    """An option, mode, pass or override key that does not exist."""
+
+    template = "unknown {kind} {name!r}.{hint} Known: {known}."
+
+    def __init__(self, kind: str, name: str, known: Iterable[str]) -> None:
+        known = sorted(known)
+        super().__init__(kind=kind, name=name, hint=nearest(name, known), known=", ".join(known))
+
+
+class GroupSizeError(QuarotError, ValueError):
+    """A quantisation group does not divide the axis that it is to split."""
+
+    template = (
+        "{option}={group} does not divide the {size} elements that {where} has on the quantised axis. "
+        "Choose a divisor of {size}, or leave {option} unset for one group."
+    )
+
+
+class HadamardOrderError(QuarotError, ValueError):
+    """No construction of a Hadamard matrix of this order is known here."""
+
+    template = (
+        "no Hadamard matrix of order {order}: it is neither 1, 2, Paley's q + 1 or 2 (q + 1), nor a product of such. "
+        "kronecker_factors({order}) returns the closest orthogonal matrix."
+    )
+
+
+class RotationSizeError(QuarotError, ValueError):
+    """A rotation does not fit the axis that it is applied to."""
+
+    template = (
+        "rotation {rotation} does not fit axis {dim} of shape {shape}: its size must be a multiple of "
+        "order x inner = {order} x {inner}."
+    )
+
+
+class PipelineError(QuarotError, ValueError):
+    """A pipeline whose passes are in an order in which they cannot work, or whose text cannot be read."""
+
+    template = "pipeline {pipeline!r}: {reason}"
+
+
+# -- the user's model ------------------------------------------------------------------------------
+
+
+class TrainingModeError(QuarotError):
+    """The model is in training mode."""
+
+    template = "{where} is in training mode, and quarot compiles for inference only. Call model.eval() first."
+
+
+class InputRequiresGradError(QuarotError):
+    """An input of the compiled model requires grad."""
+
+    template = (
+        "input {name!r} requires grad, and a quantised graph has no backward. "
+        "Call the model under torch.no_grad() or detach the input."
+    )
+
+
+class NonFiniteWeightError(QuarotError):
+    """A parameter holds NaN or infinity."""
+
+    template = (
+        "parameter {parameter!r} has {count} element(s) that are NaN or infinite; rotating it would spread them "
+        "over whole rows. Repair the checkpoint, or skip it with overrides={{{parameter!r}: 'skip'}}."
+    )
+
+
+class UnboundParameterError(QuarotError):
+    """A parameter without data that can be read: on the meta device, already quantised, or an inference tensor."""
+
+    template = "parameter {parameter!r} {reason}. {remedy}"
+
+
+class OriginalsFreedError(QuarotError):
+    """A weight is needed again whose original was freed on request."""
+
+    template = (
+        "parameter {parameter!r} was freed (free_originals=True) and is needed again: {reason}. "
+        "Compile with free_originals=False, or reload the model."
+    )
+
+
+# -- the command line ------------------------------------------------------------------------------
+
+
+class MissingExtraError(QuarotError, ImportError):
+    """A package that only an extra of quarot-fx installs is missing."""
+
+    template = "this needs the package {package!r}, which is not installed. Run: pip install 'quarot-fx[{extra}]'"
+
+
+class NotFoundError(QuarotError, LookupError):
+    """A model, tokenizer or text that the command line was given does not exist."""
+
+    template = "found no {kind} {name!r}. {remedy}"
+
+
+# -- the compiler ----------------------------------------------------------------------------------
+
+
+class CaptureError(QuarotError):
+    """A graph could not be captured; raised so that Dynamo reports it instead of breaking the graph."""
+
+    template = "quarot could not capture this graph, at {where}: {reason}"
+
+
+class NotOneGraphError(QuarotError):
+    """``rewrite`` or ``explain`` was asked for one graph, and the model has another number of them."""
+
+    template = (
+        "the model traces to {count} graphs that hold parameters, not to one, so there is no single rewritten graph "
+        "to return. {hint}"
+    )
+
+
+class CheckError(QuarotError):
+    """A stage that must not change the model's output changed it (``check=True``)."""
+
+    template = (
+        "the stage {stage!r} changed the output by {difference:.1e} (relative; {limit:.0e} allowed). "
+        "Disable it with disabled_passes=({stage!r},) and please report the graph: "
+        "quarot_fx.rewrite(model, inputs, stop_after={before!r}).print_readable()"
+    )

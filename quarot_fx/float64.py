@@ -1,0 +1,95 @@
+"""Running a graph with every floating-point value and cast promoted to float64.
+
+In float64 a rotated graph equals the original to rounding, so a difference is a mistake and not noise. Constants made
+from weights are evaluated the same way, and rounded once.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import fx
+from torch.fx.node import map_aggregate
+
+from quarot_fx.errors import NonFiniteWeightError
+from quarot_fx.graph import stored_tensor
+from quarot_fx.store import check_not_freed
+
+_WIDE = {
+    **dict.fromkeys((torch.float16, torch.bfloat16, torch.float32), torch.float64),
+    **dict.fromkeys((torch.complex32, torch.complex64), torch.complex128),
+}
+
+
+def widen(value: Any) -> Any:
+    """Return a tensor in float64 or complex128, a floating-point dtype as the wide one, anything else as it is."""
+    if isinstance(value, torch.Tensor):
+        return value.detach().to(_WIDE.get(value.dtype, value.dtype))
+    return _WIDE.get(value, value) if isinstance(value, torch.dtype) else value
+
+
+class Float64Interpreter(fx.Interpreter):
+    """Runs a graph module in float64, whatever its casts say."""
+
+    def call_function(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Call one operator with wide dtypes; factories that name no dtype are widened afterwards."""
+        result = super().call_function(target, map_aggregate(args, widen), map_aggregate(kwargs, widen))
+        return map_aggregate(result, widen)
+
+    def get_attr(self, target: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Read a stored tensor in float64."""
+        return widen(super().get_attr(target, args, kwargs))
+
+    def placeholder(self, target: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Read an input in float64, cloned so that the caller's tensors are never written to."""
+        value = widen(super().placeholder(target, args, kwargs))
+        return value.clone() if isinstance(value, torch.Tensor) else value
+
+
+def run_in_float64(module: fx.GraphModule, *inputs: Any) -> list[torch.Tensor]:
+    """Run a graph in float64 and return its tensor outputs, flattened. The inputs are left as they are."""
+    with torch.no_grad():
+        result = Float64Interpreter(module).run(*inputs)
+    outputs: list[torch.Tensor] = []
+    map_aggregate(result, lambda v: outputs.append(v) if isinstance(v, torch.Tensor) else None)
+    return outputs
+
+
+def evaluate(node: fx.Node) -> torch.Tensor:
+    """Return the value of a constant node in float64 (integers as they are)."""
+    values: dict[fx.Node, Any] = {}
+
+    def visit(current: fx.Node) -> Any:
+        if current not in values:
+            if current.op == "get_attr":
+                values[current] = widen(_finite(current))
+            else:
+                args, kwargs = fx.map_arg((current.args, current.kwargs), visit)
+                args, kwargs = map_aggregate((args, kwargs), widen)
+                values[current] = current.target(*args, **kwargs)  # type: ignore[operator]
+        return values[current]
+
+    with torch.no_grad():
+        return visit(node)
+
+
+def _finite(node: fx.Node) -> torch.Tensor:
+    tensor = stored_tensor(node)
+    check_not_freed(tensor, "another graph of the model needs it in another form")
+    if tensor.is_floating_point() and not (finite := torch.isfinite(tensor)).all():
+        name = node.meta.get("parameter", node.target)
+        raise NonFiniteWeightError(parameter=name, count=int((~finite).sum()))
+    return tensor
+
+
+def relative_difference(actual: list[torch.Tensor], expected: list[torch.Tensor]) -> float:
+    """Return the largest norm of a difference between floating-point outputs, relative to the expected norm."""
+    worst = 0.0
+    for a, e in zip(actual, expected, strict=True):
+        if e.is_floating_point() and e.numel():
+            same = (a == e) | (a.isnan() & e.isnan())  # equal infinities differ by NaN
+            difference = torch.where(same, 0, a - e).double().norm()
+            scale = torch.where(e.isfinite(), e, 0).double().norm().clamp_min(torch.finfo(torch.float64).tiny)
+            worst = max(worst, float(difference / scale))
+    return worst

@@ -1,0 +1,186 @@
+"""What passes need of an FX graph beyond FX itself: inserting nodes with their fake values, and constants."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import fx
+from torch._subclasses import FakeTensor, FakeTensorMode
+from torch.fx.node import map_aggregate
+
+aten = torch.ops.aten
+PROVENANCE = ("nn_module_stack", "stack_trace", "source_fn_stack")
+PARAMETER = "parameter"  # node.meta[PARAMETER]: the name that a get_attr node's tensor has in the user's model
+AUTHOR = "quarot_pass"  # node.meta[AUTHOR]: the pass that inserted the node
+FROZEN = "quarot_frozen"  # node.meta[FROZEN]: why no edge to this node may be rewritten (it is mutated in place)
+
+
+def value(node: Any) -> Any:
+    """Return the fake value of a node (a FakeTensor, SymInt or tuple), or the argument itself."""
+    return node.meta.get("val") if isinstance(node, fx.Node) else node
+
+
+def is_tensor(node: Any) -> bool:
+    """Whether an argument is a node that holds one tensor."""
+    return isinstance(node, fx.Node) and isinstance(node.meta.get("val"), torch.Tensor)
+
+
+def is_float(node: Any) -> bool:
+    """Whether an argument is a node that holds a real floating-point tensor."""
+    return is_tensor(node) and node.meta["val"].dtype.is_floating_point
+
+
+def fake_mode_of(graph: fx.Graph) -> FakeTensorMode:
+    """Return the fake mode that the graph's values were made under."""
+    for node in graph.nodes:
+        if isinstance(node.meta.get("val"), FakeTensor):
+            return node.meta["val"].fake_mode
+    return FakeTensorMode(allow_non_fake_inputs=True)
+
+
+def module_path(node: fx.Node) -> str:
+    """Return where in the user's model a node comes from, such as ``layers.3.mlp.down_proj``."""
+    stack = node.meta.get("nn_module_stack")
+    if not stack:
+        return node.name
+    path = str(next(reversed(stack.values()))[0])
+    path = re.sub(r"^[LG]\['\w+'\]\.?", "", path)
+    return re.sub(r"(_modules)?\[['\"]?(\w+)['\"]?\]", r"\2", path) or node.name
+
+
+class Inserter:
+    """Inserts nodes into a graph at a place, with fake values and provenance.
+
+    Args:
+        graph: the graph to insert into.
+        author: name of the pass that inserts.
+        like: the node that the new ones stand for; its provenance is copied.
+    """
+
+    def __init__(self, graph: fx.Graph, author: str, like: fx.Node) -> None:
+        self.graph, self.author, self.like = graph, author, like
+        self.fake_mode = fake_mode_of(graph)
+
+    def call(self, target: Callable[..., Any], *args: Any, **kwargs: Any) -> fx.Node:
+        """Insert a call at the graph's current insertion point and return its node."""
+        node = self.graph.call_function(target, args, kwargs)
+        with torch.no_grad(), self.fake_mode:
+            val = target(*map_aggregate(args, value), **map_aggregate(kwargs, value))
+        self._describe(node, val)
+        return node
+
+    def constant(self, name: str, tensor: torch.Tensor, parameter: str | None = None) -> fx.Node:
+        """Register a tensor as a buffer of the owning module and insert a ``get_attr`` for it."""
+        owner = self.graph.owning_module
+        name = unused_name(owner, name)
+        owner.register_buffer(name, tensor)
+        node = self.graph.get_attr(name)
+        with torch.no_grad():
+            self._describe(node, self.fake_mode.from_tensor(tensor, static_shapes=True))
+        if parameter:
+            node.meta[PARAMETER] = parameter
+        return node
+
+    def _describe(self, node: fx.Node, val: Any) -> None:
+        node.meta.update({key: self.like.meta[key] for key in PROVENANCE if key in self.like.meta})
+        node.meta["val"] = val
+        node.meta[AUTHOR] = self.author
+
+
+def unused_name(module: torch.nn.Module, name: str) -> str:
+    """Return ``name`` as an attribute name that ``module`` does not have yet."""
+    name = "".join(letter if letter.isalnum() else "_" for letter in name)
+    candidate, count = name, 0
+    while hasattr(module, candidate):
+        count += 1
+        candidate = f"{name}_{count}"
+    return candidate
+
+
+def after(node: fx.Node) -> fx.Node:
+    """Return the node before which something that reads ``node`` can be inserted (inputs stay at the top)."""
+    nearest = node.next
+    while nearest.op == "placeholder":
+        nearest = nearest.next
+    return nearest
+
+
+class Constants:
+    """The nodes whose value depends on parameters and other stored tensors only, never on an input.
+
+    ``node in constants`` also answers for nodes that were inserted since.
+    """
+
+    def __init__(self, graph: fx.Graph) -> None:
+        self._known: dict[fx.Node, bool] = {}
+        for node in graph.nodes:  # in order, so that no recursion goes deep
+            self._known[node] = self._decide(node)
+
+    def __contains__(self, node: fx.Node) -> bool:
+        if node not in self._known:
+            self._known[node] = self._decide(node)
+        return self._known[node]
+
+    def _decide(self, node: fx.Node) -> bool:
+        if FROZEN in node.meta:
+            return False
+        if node.op == "get_attr":
+            return is_tensor(node)
+        return (
+            node.op == "call_function"
+            and bool(node.all_input_nodes)
+            and all(source in self for source in node.all_input_nodes)
+            and not node.is_impure()
+            and torch.Tag.nondeterministic_seeded not in getattr(node.target, "tags", ())
+        )
+
+
+def parameters_of(node: fx.Node) -> list[str]:
+    """Return the names of the parameters that a constant node depends on, in order of appearance."""
+    found: dict[str, None] = {}
+    pending, seen = [node], set()
+    while pending:
+        current = pending.pop()
+        if current in seen:
+            continue
+        seen.add(current)
+        if current.op == "get_attr":
+            found[current.meta.get(PARAMETER, str(current.target))] = None
+        pending.extend(reversed(current.all_input_nodes))
+    return list(found)
+
+
+def stored_tensor(node: fx.Node) -> torch.Tensor:
+    """Return the real tensor that a ``get_attr`` node reads."""
+    owner: Any = node.graph.owning_module
+    for part in str(node.target).split("."):
+        owner = getattr(owner, part)
+    return owner
+
+
+def argument_nodes(node: fx.Node) -> list[fx.Node]:
+    """Return every node among a node's arguments in order, repeated when it is used twice."""
+    found: list[fx.Node] = []
+    fx.map_arg((node.args, node.kwargs), lambda source: found.append(source) or source)
+    return found
+
+
+def replace_arguments(node: fx.Node, replacements: dict[int, fx.Node]) -> None:
+    """Replace arguments by their place in :func:`argument_nodes`, and no other use of the same node."""
+    places: Iterator[int] = iter(range(len(argument_nodes(node))))
+
+    def swap(source: fx.Node) -> fx.Node:
+        return replacements.get(next(places), source)
+
+    node.args, node.kwargs = fx.map_arg((node.args, node.kwargs), swap)
+
+
+def numel_hint(shape: Sequence[Any]) -> int:
+    """Return the number of elements, with the sizes seen at compile time for symbolic dimensions."""
+    count = 1
+    for size in shape:
+        count *= size if isinstance(size, int) else max(1, int(size.node.hint or 1))
+    return count

@@ -1,0 +1,119 @@
+"""Looking at what the backend does to a model: ``rewrite`` gives the graph, ``explain`` the report."""
+
+from __future__ import annotations
+
+import inspect
+import re
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import fx
+
+from quarot_fx.capture import INPUT, Captured, capture, source_name
+from quarot_fx.config import QuarotConfig
+from quarot_fx.coverage import cover
+from quarot_fx.errors import NotOneGraphError, QuarotError
+from quarot_fx.passes.pipeline import build_pipeline, run_pipeline
+from quarot_fx.program import Program
+from quarot_fx.report import Report
+from quarot_fx.store import SHARED
+from quarot_fx.training import check_evaluation_mode
+
+Inputs = torch.Tensor | Sequence[Any] | Mapping[str, Any]
+
+
+def rewrite(
+    model: Callable[..., Any], inputs: Inputs, *, stop_after: str | None = None, **options: Any
+) -> fx.GraphModule:
+    """Return the rewritten graph of a model, as the backend would compile it.
+
+    Args:
+        model: an ``nn.Module`` (a GraphModule and an exported program's module, too) or a function of one.
+        inputs: example inputs: a tensor, a tuple of positional arguments, or a dict of keyword arguments.
+        stop_after: name of the last pass to run; ``"rotate"`` gives an equal model in rotated bases.
+        options: fields of :class:`~quarot_fx.config.QuarotConfig`.
+
+    Returns:
+        A GraphModule that takes the tensors among the inputs (by the names that ``forward`` gives them) and returns
+        the tensors among the outputs as a tuple. ``print_readable()`` shows it as Python; its attribute ``quarot``
+        is the :class:`~quarot_fx.report.Report`.
+
+    Raises:
+        NotOneGraphError: the model has graph breaks, or no parameters.
+    """
+    config = QuarotConfig.from_options({**options, **({"stop_after": stop_after} if stop_after else {})})
+    program = _rewritten(model, inputs, config)
+    program.graph_module.quarot = cover(program)  # type: ignore[assignment]
+    return program.graph_module
+
+
+def explain(model: Callable[..., Any], inputs: Inputs, **options: Any) -> Report:
+    """Return what the backend does to a model: every pass, the rotation plan, every linear layer and cache.
+
+    Takes the arguments of :func:`rewrite`; ``check=True`` fills in the largest difference against the stage before.
+    """
+    return cover(_rewritten(model, inputs, QuarotConfig.from_options(options)))
+
+
+def _rewritten(model: Callable[..., Any], inputs: Inputs, config: QuarotConfig) -> Program:
+    passes = build_pipeline(config)
+    captured, arguments = capture_one_graph(model, inputs)
+    program = captured.bind(arguments, SHARED)
+    places = [node.meta[INPUT] for node in program.graph.find_nodes(op="placeholder")]
+    return run_pipeline(program, passes, [arguments[place] for place in places] if config.check else None)
+
+
+def capture_one_graph(model: Callable[..., Any], inputs: Inputs) -> tuple[Captured, Sequence[Any]]:
+    """Capture the graph that Dynamo makes of a model, and the arguments that it is called with.
+
+    Raises:
+        NotOneGraphError: there is more than one graph with parameters, or none.
+    """
+    found: list[tuple[Captured, Sequence[Any]]] = []
+    errors: list[QuarotError] = []
+
+    def collect(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
+        try:
+            check_evaluation_mode(gm)
+            captured = capture(gm, example_inputs)
+            _name_inputs(captured.graph_module)
+            if captured.parameters:
+                found.append((captured, list(example_inputs)))
+        except QuarotError as error:
+            errors.append(error)
+        return gm.forward
+
+    args, kwargs = _arguments(model, inputs)
+    without_limits = torch._dynamo.config.patch(recompile_limit=2**16, accumulated_recompile_limit=2**16)
+    with torch.no_grad(), without_limits:
+        torch.compile(model, backend=collect, dynamic=False)(*args, **kwargs)
+    if errors:
+        raise errors[0]
+    if len(found) != 1:
+        hint = "Compile it with backend='quarot', which takes any number; torch._dynamo.explain tells why it breaks."
+        if not found:
+            hint = "Give a model whose forward uses its parameters."
+        raise NotOneGraphError(count=len(found), hint=hint)
+    return found[0]
+
+
+def _arguments(model: Callable[..., Any], inputs: Inputs) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Return inputs by name where forward has names for them, so that the graph's inputs can be called likewise."""
+    if isinstance(inputs, Mapping):
+        return (), dict(inputs)
+    args = (inputs,) if isinstance(inputs, torch.Tensor) else tuple(inputs)
+    forward = model.forward if isinstance(model, torch.nn.Module) else model
+    parameters = list(inspect.signature(forward).parameters.values())[: len(args)]
+    if len(parameters) == len(args) and all(p.kind is p.POSITIONAL_OR_KEYWORD for p in parameters):
+        return (), {p.name: value for p, value in zip(parameters, args, strict=True)}
+    return args, {}
+
+
+def _name_inputs(module: fx.GraphModule) -> None:
+    """Name placeholders as forward names them: ``input_ids``, not ``l_kwargs_input_ids_``."""
+    for node in module.graph.find_nodes(op="placeholder"):
+        if getattr(node, "_dynamo_source", None) is not None:
+            words = re.findall(r"\w+", re.sub(r"^[LG]\['(kwargs'\]\[')?", "", source_name(node)))
+            node.target = node.name = module.graph._graph_namespace.create_name("_".join(words), node)
+    module.recompile()

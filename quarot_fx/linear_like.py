@@ -1,0 +1,101 @@
+"""Linear layers in every spelling: one product of an activation with a constant, contracted over one axis."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import fx
+
+from quarot_fx.graph import argument_nodes, Constants, is_tensor, stored_tensor
+
+aten = torch.ops.aten
+
+
+@dataclass(frozen=True)
+class Spelling:
+    """Where an operator keeps its operands, as places among its argument nodes, and its weight's axes."""
+
+    x: int
+    weight: int
+    bias: int | None
+    contracted: int
+    out: int
+
+
+PRODUCT = Spelling(x=0, weight=1, bias=None, contracted=-2, out=-1)
+SPELLINGS: dict[str, Spelling] = {
+    "aten.linear.default": Spelling(x=0, weight=1, bias=2, contracted=-1, out=-2),
+    "aten.addmm.default": Spelling(x=1, weight=2, bias=0, contracted=-2, out=-1),
+    "aten.baddbmm.default": Spelling(x=1, weight=2, bias=0, contracted=-2, out=-1),
+    "aten.matmul.default": PRODUCT,
+    "aten.mm.default": PRODUCT,
+    "aten.bmm.default": PRODUCT,
+    "aten._grouped_mm.default": PRODUCT,
+    "transformers.grouped_mm_fallback.default": PRODUCT,
+}
+
+
+@dataclass(frozen=True)
+class LinearLike:
+    """One linear layer of a graph: ``y = x W + bias``, W contracted with the last axis of x.
+
+    Attributes:
+        node: the product.
+        spelling: how its operator is written.
+    """
+
+    node: fx.Node
+    spelling: Spelling
+
+    def _operand(self, place: int | None) -> fx.Node | None:
+        operands = argument_nodes(self.node)
+        return None if place is None or place >= len(operands) else operands[place]
+
+    @property
+    def x(self) -> fx.Node:
+        """The activation ``[..., in]``."""
+        return argument_nodes(self.node)[self.spelling.x]
+
+    @property
+    def weight(self) -> fx.Node:
+        """The constant: 2-D, or 3-D with experts in front."""
+        return argument_nodes(self.node)[self.spelling.weight]
+
+    @property
+    def bias(self) -> fx.Node | None:
+        """What is added ``[..., out]``, if anything is."""
+        return self._operand(self.spelling.bias)
+
+    @property
+    def parameter(self) -> str:
+        """Name of the weight in the user's model: the largest parameter that the constant depends on."""
+        leaves = list(_leaves(self.weight))
+        largest = max(leaves, key=lambda leaf: leaf.meta["val"].numel(), default=self.weight)
+        return largest.meta.get("parameter", str(largest.target))
+
+
+def linear_likes(graph: fx.Graph) -> Iterator[LinearLike]:
+    """Yield the linear layers of a graph, in order."""
+    constants = Constants(graph)
+    for node in graph.nodes:
+        spelling = SPELLINGS.get(str(node.target)) if node.op == "call_function" else None
+        if spelling is None or node in constants:
+            continue
+        operands = argument_nodes(node)
+        weight, x = operands[spelling.weight], operands[spelling.x]
+        if weight in constants and x not in constants and is_tensor(weight) and weight.meta["val"].ndim >= 2:
+            if any(stored_tensor(leaf).dtype.is_floating_point for leaf in _leaves(weight)):
+                yield LinearLike(node, spelling)
+
+
+def _leaves(node: fx.Node) -> Iterator[fx.Node]:
+    pending, seen = [node], set()
+    while pending:
+        current = pending.pop()
+        if current not in seen:
+            seen.add(current)
+            if current.op == "get_attr":
+                yield current
+            pending.extend(current.all_input_nodes)

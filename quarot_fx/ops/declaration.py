@@ -1,0 +1,57 @@
+"""One op, one declaration: schema, reference, fake, input generator and tolerance, stated together.
+
+Passes insert ``torch.ops.quarot.*`` nodes; as every op has a reference in plain PyTorch, a rewritten graph runs
+anywhere. Parity tests of every provider are generated from the same declaration (vLLM's IR ops showed how well
+this works). The kernel is registered as ``CompositeExplicitAutograd``, so no tracer decomposes the op.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+LIBRARY = torch.library.Library("quarot", "DEF")
+DECLARATIONS: dict[str, OpDeclaration] = {}
+HALF_TOLERANCE = {torch.float16: 2.0**-10, torch.bfloat16: 2.0**-7}  # one unit in the last place
+
+
+@dataclass(frozen=True)
+class OpDeclaration:
+    """A ``quarot::`` op.
+
+    Attributes:
+        schema: the op's signature in torch's schema language, functional, without the namespace.
+        reference: the op in plain PyTorch; it defines what the op means.
+        fake: shapes and dtypes of the result, from fake tensors.
+        inputs: yields argument tuples, made from a seeded generator, that cover the op's corner cases.
+        tolerance: error allowed to a provider against the reference, relative to the largest magnitude in the
+            result, by the result's dtype; a dtype that is not named must agree exactly.
+    """
+
+    schema: str
+    reference: Callable[..., Any]
+    fake: Callable[..., Any]
+    inputs: Callable[[torch.Generator], Iterator[tuple[Any, ...]]]
+    tolerance: Mapping[torch.dtype, float] = field(default_factory=dict)
+
+    @property
+    def name(self) -> str:
+        """The op's name, as in ``torch.ops.quarot.<name>``."""
+        return self.schema.partition("(")[0]
+
+    @property
+    def overload(self) -> torch._ops.OpOverload:
+        """The callable to insert into a graph."""
+        return getattr(torch.ops.quarot, self.name).default
+
+
+def declare(declaration: OpDeclaration) -> torch._ops.OpOverload:
+    """Register an op with torch and return the overload that graphs call."""
+    LIBRARY.define(declaration.schema, tags=(torch.Tag.pt2_compliant_tag,))
+    LIBRARY.impl(declaration.name, declaration.reference, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"quarot::{declaration.name}", declaration.fake, lib=LIBRARY)
+    DECLARATIONS[declaration.name] = declaration
+    return declaration.overload

@@ -1,0 +1,51 @@
+"""``quarot::quantize_symmetric``: signed codes and a scale per group, no zero point."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from quarot_fx.ops.affine import code_range, encode, group_count, symmetric_scale
+from quarot_fx.ops.declaration import OpDeclaration, declare
+
+
+def _reference(x: Tensor, bits: int, group: int | None = None, clip: float = 1.0) -> tuple[Tensor, Tensor]:
+    """Return codes int8 [..., n] and scale [..., n / group]; ``clip`` of max|x| reaches the largest code."""
+    scale = symmetric_scale(x, bits, group, clip)
+    return encode(x, scale, None, bits).contiguous(), scale.contiguous()
+
+
+def _fake(x: Tensor, bits: int, group: int | None = None, clip: float = 1.0) -> tuple[Tensor, Tensor]:
+    code_range(bits, signed=True)
+    scale_dtype = torch.promote_types(x.dtype, torch.float32)
+    return (
+        x.new_empty(x.shape, dtype=torch.int8),
+        x.new_empty((*x.shape[:-1], group_count(x, group)), dtype=scale_dtype),
+    )
+
+
+def _inputs(generator: torch.Generator) -> Iterator[tuple[Any, ...]]:
+    x = torch.randn(2, 5, 48, generator=generator)
+    for bits, group, clip in ((4, None, 0.9), (2, 16, 1.0), (8, 48, 1.0), (3, 1, 0.5)):
+        yield x, bits, group, clip
+    for dtype in (torch.float64, torch.bfloat16, torch.float16):
+        yield x.to(dtype), 4
+    yield x * (torch.arange(48) >= 24), 4, 24  # a group of zeros
+    yield x.masked_fill(x > 2, torch.inf), 4, 12
+    yield x.transpose(0, 2), 4
+    yield x[:0], 4
+
+
+quantize_symmetric = declare(
+    OpDeclaration(
+        schema="quantize_symmetric(Tensor x, int bits, int? group=None, float clip=1.0)"
+        " -> (Tensor codes, Tensor scale)",
+        reference=_reference,
+        fake=_fake,
+        inputs=_inputs,
+        tolerance={torch.float64: 1e-12, torch.float32: 1e-6},
+    )
+)

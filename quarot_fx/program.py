@@ -1,0 +1,95 @@
+"""A captured graph with its weights, plan and reports: what passes work on."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import fx
+from torch.fx.passes.fake_tensor_prop import FakeTensorProp
+from torch._subclasses import FakeTensorMode
+
+from quarot_fx.store import WeightStore, expression
+
+if TYPE_CHECKING:
+    from quarot_fx.basis.plan import RotationPlan
+    from quarot_fx.report import PassReport
+
+
+@dataclass
+class Program:
+    """The state that passes hand on.
+
+    Attributes:
+        graph_module: a functional graph of ATen operators; parameters are ``get_attr`` nodes whose tensors are the
+            user's own, and every node has its fake value in ``meta["val"]``.
+        store: where constants made from parameters are kept, so that graphs of one model share them.
+        plan: where rotations go, once they are placed.
+        reports: one per pass that ran.
+        consumed: ``id`` of every parameter whose value went into a constant.
+        original_bytes: of the parameters that the graph read when it was captured.
+    """
+
+    graph_module: fx.GraphModule
+    store: WeightStore = field(default_factory=WeightStore)
+    plan: RotationPlan | None = None
+    reports: list[PassReport] = field(default_factory=list)
+    consumed: set[int] = field(default_factory=set)
+    original_bytes: int = 0
+
+    def __post_init__(self) -> None:
+        if not self.original_bytes:
+            tensors = {id(t): t for t in (*self.graph_module.parameters(), *self.graph_module.buffers())}
+            self.original_bytes = sum(tensor.nbytes for tensor in tensors.values())
+
+    @property
+    def graph(self) -> fx.Graph:
+        """The graph."""
+        return self.graph_module.graph
+
+    @classmethod
+    def of(cls, state: Program | fx.GraphModule, *inputs: Any) -> Program:
+        """Make a program of an FX graph of ATen operators (or of a program: a private copy of it).
+
+        Args:
+            state: a program, or a graph module such as ``torch.export.export(...).module()`` or ``make_fx`` give.
+            inputs: example inputs; needed only where nodes have no fake values yet.
+        """
+        if isinstance(state, Program):
+            module = copy_graph_module(state.graph_module)
+            return cls(module, state.store, state.plan, list(state.reports), set(state.consumed), state.original_bytes)
+        module = copy_graph_module(state)
+        if any(node.op in ("placeholder", "call_function") and "val" not in node.meta for node in module.graph.nodes):
+            with torch.no_grad():
+                FakeTensorProp(module, FakeTensorMode(allow_non_fake_inputs=True)).propagate(*inputs)
+        for node in module.graph.find_nodes(op="get_attr"):
+            node.meta.setdefault("parameter", str(node.target))
+        return cls(module)
+
+    def constant(self, node: fx.Node, purpose: str, compute: Callable[[], torch.Tensor]) -> torch.Tensor:
+        """Return what ``compute`` makes of a constant node, from the store if another graph has made it already."""
+        made = expression(node)
+        self.consumed.update(id(leaf) for leaf in made.leaves)
+        return self.store.get(made, purpose, compute)
+
+
+def copy_graph_module(module: fx.GraphModule) -> fx.GraphModule:
+    """Copy a graph and its module's attributes by reference: weights are shared, nodes are not."""
+    root = torch.nn.Module()
+    for name in ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set"):
+        getattr(root, name).update(getattr(module, name))
+    plain = {k: v for k, v in module.__dict__.items() if isinstance(v, torch.Tensor) or k == "meta"}
+    root.__dict__.update(plain)
+    graph = fx.Graph(root)
+    mapping: dict[fx.Node, fx.Node] = {}
+    graph.output(graph.graph_copy(module.graph, mapping))
+    for old, new in mapping.items():
+        new.meta = copy.copy(old.meta)
+        if hasattr(old, "_dynamo_source"):
+            new._dynamo_source = old._dynamo_source  # graph_copy keeps meta only
+    new_module = fx.GraphModule(root, graph)
+    new_module.meta.update(module.meta)
+    return new_module

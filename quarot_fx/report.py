@@ -1,0 +1,172 @@
+"""What was done to a graph and what was not, with the reason: as data, as JSON and as a table."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import asdict, dataclass, field
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+    from quarot_fx.basis.plan import RotationPlan
+
+
+@dataclass(frozen=True)
+class Decline:
+    """Something that a pass left alone."""
+
+    where: str
+    reason: str
+
+
+@dataclass
+class PassReport:
+    """What one pass did.
+
+    Attributes:
+        name: the pass.
+        matched: places that it rewrote.
+        declined: places that it looked at and left alone, and why.
+        nodes_before, nodes_after: size of the graph.
+        weights: tensors that it made anew.
+        seconds: how long it took.
+        difference: relative difference of the output against the stage before, in float64; only with ``check=True``.
+    """
+
+    name: str
+    matched: int = 0
+    declined: list[Decline] = field(default_factory=list)
+    nodes_before: int = 0
+    nodes_after: int = 0
+    weights: int = 0
+    seconds: float = 0.0
+    difference: float | None = None
+
+    def decline(self, where: str, reason: str) -> None:
+        """Record something that is left alone."""
+        self.declined.append(Decline(where, reason))
+
+
+@dataclass(frozen=True)
+class LinearRecord:
+    """What became of one linear layer.
+
+    Attributes:
+        parameter: the weight's name in the user's model.
+        w_bits, a_bits: bits of the weight and of the activation that enters it; 16 if left alone.
+        rotated: ``"free"``, ``"online"``, ``"partly"`` or ``"no"``.
+        reason: why it is rotated online, or why it is not rotated or not quantised; empty otherwise.
+    """
+
+    parameter: str
+    w_bits: int
+    a_bits: int
+    rotated: str
+    reason: str = ""
+
+
+@dataclass(frozen=True)
+class CacheRecord:
+    """What became of the keys or values of one attention."""
+
+    where: str
+    kind: str
+    bits: int
+    rotated: str
+    reason: str = ""
+
+
+@dataclass
+class Report:
+    """All that ``quarot_fx.explain`` tells.
+
+    Attributes:
+        passes: one report per pass, in order.
+        plan: the rotation plan, if it was made.
+        linears, caches: what became of every linear layer and of all keys and values.
+        weight_bytes: bytes of the model's parameters that the graph reads, before and after.
+    """
+
+    passes: list[PassReport] = field(default_factory=list)
+    plan: RotationPlan | None = None
+    linears: list[LinearRecord] = field(default_factory=list)
+    caches: list[CacheRecord] = field(default_factory=list)
+    weight_bytes: tuple[int, int] = (0, 0)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the report as JSON-able data."""
+        return {
+            "passes": [asdict(report) for report in self.passes],
+            "plan": self.plan.as_dict() if self.plan else None,
+            "linears": [asdict(record) for record in self.linears],
+            "caches": [asdict(record) for record in self.caches],
+            "weight_bytes": list(self.weight_bytes),
+        }
+
+    def __rich__(self) -> RenderableType:
+        from rich.console import Group
+
+        parts = [_passes_table(self.passes)]
+        if self.plan:
+            parts.append(self.plan.__rich__())
+        if self.linears or self.caches:
+            parts.append(_coverage_table(self.linears, self.caches))
+        before, after = self.weight_bytes
+        if before:
+            parts.append(f"weights: {before / 2**20:,.1f} MiB -> {after / 2**20:,.1f} MiB ({before / max(after, 1):.2f}x)")
+        return Group(*parts)
+
+    def __str__(self) -> str:
+        from rich.console import Console
+
+        console = Console(width=120, no_color=True)
+        with console.capture() as capture:
+            console.print(self)
+        return capture.get()
+
+
+def _passes_table(reports: list[PassReport]) -> Any:
+    from rich.table import Table
+
+    table = Table(title="passes", title_justify="left")
+    table.add_column("pass")
+    for column in ("matched", "declined", "nodes", "weights", "seconds", "difference"):
+        table.add_column(column, justify="right")
+    table.add_column("declined because", overflow="fold")
+    for report in reports:
+        reasons = Counter(decline.reason for decline in report.declined)
+        difference = "" if report.difference is None else f"{report.difference:.1e}"
+        table.add_row(
+            report.name,
+            str(report.matched),
+            str(len(report.declined)),
+            f"{report.nodes_before} -> {report.nodes_after}",
+            str(report.weights),
+            f"{report.seconds:.2f}",
+            difference,
+            "; ".join(f"{count} x {reason}" if count > 1 else reason for reason, count in reasons.items()),
+        )
+    return table
+
+
+def _coverage_table(linears: list[LinearRecord], caches: list[CacheRecord]) -> Any:
+    from rich.table import Table
+
+    table = Table(title="linear layers and caches", title_justify="left")
+    for column in ("what", "bits", "rotated", "count", "because"):
+        table.add_column(column, justify="right" if column == "count" else "left", overflow="fold")
+    rows = Counter(
+        [(_without_index(r.parameter), f"W{r.w_bits}A{r.a_bits}", r.rotated, _without_index(r.reason)) for r in linears]
+        + [(f"{r.kind}s", f"KV{r.bits}", r.rotated, _without_index(r.reason)) for r in caches]
+    )
+    for (what, bits, rotated, reason), count in rows.items():
+        table.add_row(what, bits, rotated, str(count), reason)
+    return table
+
+
+def _without_index(text: str) -> str:
+    """Name what is the same in every layer: ``layers.3.mlp.up.weight`` -> ``layers.*.mlp.up.weight``."""
+    import re
+
+    return re.sub(r"(?<=[._])\d+\b", "*", text)

@@ -1,0 +1,231 @@
+"""Orthogonal matrices that a short text names, the same on every machine, applied without being formed."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import lru_cache, wraps
+from itertools import groupby
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
+
+from quarot_fx.errors import OptionError, RotationSizeError, UnknownOptionError
+from quarot_fx.hadamard import Factor, kronecker_factors
+
+FloatArray = NDArray[np.floating]
+
+TEXT_FORMS = {
+    "hadamard": "hadamard-<order>",
+    "random-hadamard": "random-hadamard-<order>-seed<seed>",
+    "random": "random-<order>-seed<seed>",
+}
+
+
+@dataclass(frozen=True)
+class Rotation:
+    """An orthogonal matrix Q [order, order]; it rotates a row vector x to ``x @ Q``.
+
+    Attributes:
+        kind: ``"hadamard"``, Q = H / sqrt(order); ``"random-hadamard"``, Q = diag(signs) H / sqrt(order) with
+            random signs (QuaRot, section 3); or ``"random"``, any orthogonal matrix, dense, expensive online.
+            H / sqrt(order) is the product of ``kronecker_factors``, also where no Hadamard matrix is known.
+        order: number of rows, 1 or more.
+        seed: of the randomness, 0 or more. Rotations of another kind, order or seed are independent.
+
+    Raises:
+        UnknownOptionError: there is no such kind.
+        OptionError: the order or the seed is out of range.
+    """
+
+    kind: str
+    order: int
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.kind not in TEXT_FORMS:
+            raise UnknownOptionError("kind of rotation", self.kind, TEXT_FORMS)
+        if self.order < 1:
+            raise OptionError(name="order", value=self.order, reason="must be 1 or more")
+        if self.seed < 0:
+            raise OptionError(name="seed", value=self.seed, reason="must be 0 or more")
+        if self.kind == "hadamard":
+            object.__setattr__(self, "seed", 0)  # it has no randomness: equal matrices are equal rotations
+
+    def __str__(self) -> str:
+        return TEXT_FORMS[self.kind].replace("<order>", str(self.order)).replace("<seed>", str(self.seed))
+
+    @classmethod
+    def parse(cls, text: str) -> Rotation:
+        """Return the rotation whose ``str`` is the text.
+
+        Raises:
+            UnknownOptionError: there is none; the nearest form is suggested.
+        """
+        return _parse(text)
+
+    @property
+    def factors(self) -> tuple[Factor, ...]:
+        """The orthogonal factors, outermost first, of H / sqrt(order); none when the kind is ``"random"``."""
+        return () if self.kind == "random" else kronecker_factors(self.order)
+
+    @property
+    def flops_per_element(self) -> float:
+        """Multiply-adds per element of the rotated tensor."""
+        if self.kind == "random":
+            return float(self.order)
+        return float(sum(factor.order for factor in self.factors if factor.family != "identity"))
+
+    def description(self) -> str:
+        """Say how Q is built, for a report: ``"Hadamard 12 x 16 x 8"`` or ``"4 blocks of Hadamard 64"``."""
+        if self.kind == "random":
+            return f"random orthogonal {self.order}"
+        orders = {
+            family: " x ".join(str(factor.order) for factor in run)
+            for family, run in groupby(self.factors, key=lambda factor: factor.family)
+        }
+        blocks = orders.pop("identity", None)
+        product = " x ".join(f"{family.capitalize()} {text}" for family, text in orders.items())
+        text = f"{blocks} blocks of {product}" if blocks and product else product or "identity"
+        return f"{text} with random signs" if self.kind == "random-hadamard" else text
+
+    def matrix(self) -> Tensor:
+        """Return Q, dense: float64 [order, order] on the CPU. For tests and small orders."""
+        with _ordinary_tensors():
+            return self.apply(torch.eye(self.order, dtype=torch.float64, device="cpu"))
+
+    def apply(self, x: Tensor, dim: int = -1, inner: int = 1, inverse: bool = False) -> Tensor:
+        """Rotate one axis of a tensor, by a few small matrix products.
+
+        Args:
+            x: floating point, of any shape and strides.
+            dim: the axis; its size is outer x order x inner, row-major, and Q acts on the middle factor.
+            inner: size of the innermost factor.
+            inverse: apply Q^T, which undoes Q.
+
+        Returns:
+            A new contiguous tensor with the shape and dtype of x, computed in float32 at least.
+
+        Raises:
+            RotationSizeError: the axis has no such factors.
+        """
+        self.check_fits(x, dim, inner)
+        dim, order = dim % x.dim(), self.order
+        outer = math.prod(x.shape[:dim]) * (x.shape[dim] // (order * inner))
+        tail = math.prod(x.shape[dim + 1 :]) * inner
+        y = x.to(torch.promote_types(x.dtype, torch.float32)).reshape(outer, order, tail)
+        if self.kind == "random":
+            y = _rotate_axis(y, _random_orthogonal(self, y), inverse)
+        elif self.kind == "random-hadamard" and not inverse:
+            y = self._rotate_by_factors(y * _random_signs(self, y)[:, None], inverse)
+        elif self.kind == "random-hadamard":
+            y = self._rotate_by_factors(y, inverse) * _random_signs(self, y)[:, None]
+        elif self.flops_per_element:
+            y = self._rotate_by_factors(y, inverse)
+        else:
+            y = y.clone()  # the identity, too, returns a new tensor
+        return y.to(x.dtype).reshape(x.shape).contiguous()
+
+    def check_fits(self, x: Tensor, dim: int = -1, inner: int = 1) -> None:
+        """Check that the axis of x is outer x order x inner.
+
+        Raises:
+            RotationSizeError: it is not.
+        """
+        if x.shape[dim] % (self.order * inner):
+            shape = tuple(x.shape)
+            raise RotationSizeError(rotation=self, dim=dim, shape=shape, order=self.order, inner=inner)
+
+    def _rotate_by_factors(self, y: Tensor, inverse: bool) -> Tensor:
+        outer, after, tail = y.shape
+        before = 1
+        for factor in self.factors:
+            after //= factor.order
+            if factor.family != "identity":
+                y = y.reshape(outer * before, factor.order, after * tail)
+                y = _rotate_axis(y, _factor_matrix(factor, y), inverse)
+            before *= factor.order
+        return y.reshape(outer, before, tail)
+
+
+def _rotate_axis(y: Tensor, matrix: Tensor, inverse: bool) -> Tensor:
+    """Multiply the middle axis of [outer, order, tail] by a matrix [order, order] or its transpose."""
+    matrix = matrix.mT if inverse else matrix
+    return (y[..., 0] @ matrix)[..., None] if y.shape[-1] == 1 else matrix.mT @ y
+
+
+@lru_cache(maxsize=1024)
+def _parse(text: str) -> Rotation:
+    match = re.fullmatch(r"(.+?)-(\d+)(?:-seed(\d+))?", text)
+    if match and match[1] in TEXT_FORMS:
+        rotation = Rotation(match[1], int(match[2]), int(match[3] or 0))
+        if str(rotation) == text:
+            return rotation
+    raise UnknownOptionError("rotation", text, TEXT_FORMS.values())
+
+
+# -- constant tensors ------------------------------------------------------------------------------
+
+
+@contextmanager
+def _ordinary_tensors() -> Iterator[None]:
+    """Make tensors that hold data and may be used later in any mode, whatever mode the caller is in."""
+    with _disable_current_modes(), torch.inference_mode(False), torch.no_grad():
+        yield
+
+
+def _constant(maxsize: int) -> Callable[[Callable[[Any], FloatArray]], Callable[[Any, Tensor], Tensor]]:
+    """Decorate ``f(source) -> array`` to ``f(source, like) -> tensor`` of like's device and dtype, cached."""
+
+    def decorate(make: Callable[[Any], FloatArray]) -> Callable[[Any, Tensor], Tensor]:
+        make = lru_cache(maxsize)(make)
+
+        @lru_cache(maxsize)
+        def cached(source: Any, device: torch.device, dtype: torch.dtype) -> Tensor:
+            with _ordinary_tensors():
+                return torch.from_numpy(make(source)).to(device, dtype)
+
+        @wraps(make)
+        def constant(source: Any, like: Tensor) -> Tensor:
+            # A tracer takes a tensor that it has not seen for a constant only where it is lifted.
+            return torch.ops.aten.lift_fresh(cached(source, like.device, like.dtype))
+
+        return constant
+
+    return decorate
+
+
+@_constant(maxsize=256)
+def _factor_matrix(factor: Factor) -> FloatArray:
+    return factor.array()
+
+
+@_constant(maxsize=256)
+def _random_signs(rotation: Rotation) -> FloatArray:
+    """Draw +-1 [order], one bit each."""
+    bits = np.unpackbits(_random_bytes(rotation, -(-rotation.order // 8)), bitorder="little")
+    return 1.0 - 2.0 * bits[: rotation.order]
+
+
+@_constant(maxsize=2)
+def _random_orthogonal(rotation: Rotation) -> FloatArray:
+    """Draw an orthogonal matrix [order, order], uniformly (Haar): the Q of a Gaussian matrix."""
+    order = rotation.order
+    words = _random_bytes(rotation, 8 * (order * order + order % 2)).view("<u8")
+    uniform = ((words >> 11) + 1) * 2.0**-53  # in (0, 1], so that the logarithm is finite
+    radius, angle = np.sqrt(-2 * np.log(uniform[0::2])), 2 * np.pi * uniform[1::2]
+    gaussian = np.concatenate([radius * np.cos(angle), radius * np.sin(angle)])  # Box-Muller
+    q, r = np.linalg.qr(gaussian[: order * order].reshape(order, order))
+    return q * np.copysign(1.0, np.diagonal(r))  # unique, and Haar, once R's diagonal is positive
+
+
+def _random_bytes(rotation: Rotation, count: int) -> NDArray[np.uint8]:
+    return np.frombuffer(hashlib.shake_256(str(rotation).encode()).digest(count), np.uint8)

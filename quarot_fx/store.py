@@ -1,0 +1,139 @@
+"""Constants made from weights, shared by all graphs of a model: prefill, decode and new shapes agree, at no cost.
+
+An entry is found by how it was made: the expression and the identity and version of the parameters in it. It lives as
+long as some graph holds it, and never outlives its parameters' identity.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass
+
+import torch
+from torch import fx
+from torch.fx.node import map_aggregate
+
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from quarot_fx.errors import OriginalsFreedError
+from quarot_fx.graph import stored_tensor
+
+
+@dataclass(frozen=True)
+class Expression:
+    """How a constant is made.
+
+    Attributes:
+        structure: operators and arguments, parameters by number.
+        leaves: the parameters.
+    """
+
+    structure: Hashable
+    leaves: tuple[torch.Tensor, ...]
+
+    @property
+    def key(self) -> Hashable:
+        """What identifies the value: the structure, and each parameter's identity and version."""
+        return self.structure, tuple((id(leaf), version(leaf)) for leaf in self.leaves)
+
+
+def version(tensor: torch.Tensor) -> tuple[int, int]:
+    """Return what changes when a tensor is updated in place or given other storage.
+
+    A freed tensor keeps the version of its last real content.
+    """
+    freed = _FREED.get(tensor)
+    return freed.version if freed is not None else _stamp(tensor)
+
+
+def _stamp(tensor: torch.Tensor) -> tuple[int, int]:
+    return (-1 if tensor.is_inference() else tensor._version), tensor.data_ptr()
+
+
+# -- freeing originals -----------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Freed:
+    name: str
+    version: tuple[int, int]  # of the content that was freed
+    stamp: tuple[int, int]  # of the poison in its place
+
+
+_FREED: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+_POISON: dict[tuple[torch.device, torch.dtype], torch.Tensor] = {}
+
+
+def free(tensor: torch.Tensor, name: str) -> None:
+    """Release a weight's memory: it then reads as NaN, of its old shape, from one buffer that all freed weights share.
+
+    Dynamo's guards still pass on such a tensor, and nothing can crash on it, which is not so of an emptied storage.
+    """
+    if tensor in _FREED:
+        return
+    key, before = (tensor.device, tensor.dtype), _stamp(tensor)
+    if key not in _POISON or _POISON[key].numel() < tensor.numel():
+        _POISON[key] = torch.full((tensor.numel(),), torch.nan, dtype=tensor.dtype, device=tensor.device)
+    tensor.data = _POISON[key][: tensor.numel()].view(tensor.shape)
+    _FREED[tensor] = _Freed(name, before, _stamp(tensor))
+
+
+def check_not_freed(tensor: torch.Tensor, reason: str) -> None:
+    """Raise :class:`OriginalsFreedError` if a weight's content was released."""
+    freed = _FREED.get(tensor)
+    if freed is not None:
+        raise OriginalsFreedError(parameter=freed.name, reason=reason)
+
+
+def check_not_updated_after_freeing(tensor: torch.Tensor) -> None:
+    """Raise :class:`OriginalsFreedError` if somebody wrote to a weight whose content was released."""
+    freed = _FREED.get(tensor)
+    if freed is not None and freed.stamp != _stamp(tensor):
+        raise OriginalsFreedError(parameter=freed.name, reason="it was updated in place")
+
+
+def expression(node: fx.Node) -> Expression:
+    """Return how a constant node is made, with the parameters numbered in order of appearance."""
+    leaves: dict[int, torch.Tensor] = {}
+    made: dict[fx.Node, Hashable] = {}
+
+    def visit(current: fx.Node) -> Hashable:
+        if current not in made:
+            if current.op == "get_attr":
+                leaf = stored_tensor(current)
+                leaves[id(leaf)] = leaf
+                made[current] = ("parameter", list(leaves).index(id(leaf)))
+            else:
+                arguments = map_aggregate((current.args, current.kwargs), lambda a: visit(a) if isinstance(a, fx.Node) else a)
+                made[current] = (str(current.target), str(arguments))
+        return made[current]
+
+    return Expression(visit(node), tuple(leaves.values()))
+
+
+class WeightStore:
+    """Weak storage of constants by :class:`Expression`."""
+
+    def __init__(self) -> None:
+        self._entries: dict[Hashable, tuple[weakref.ref[torch.Tensor], list[weakref.ref[torch.Tensor]]]] = {}
+
+    def get(self, made: Expression, purpose: str, compute: Callable[[], torch.Tensor]) -> torch.Tensor:
+        """Return the constant that ``made`` and ``purpose`` name, computing it if no graph holds it yet."""
+        key = (purpose, made.key)
+        if key in self._entries:
+            constant, leaves = self._entries[key]
+            found = constant()
+            if found is not None and all(ref() is leaf for ref, leaf in zip(leaves, made.leaves, strict=True)):
+                return found
+        computed = compute()
+        self._entries = {k: entry for k, entry in self._entries.items() if entry[0]() is not None}
+        self._entries[key] = weakref.ref(computed), [weakref.ref(leaf) for leaf in made.leaves]
+        return computed
+
+    def __len__(self) -> int:
+        return sum(constant() is not None for constant, _ in self._entries.values())
+
+
+SHARED = WeightStore()
+"""The store of everything that is compiled in this process."""

