@@ -12,6 +12,7 @@ from torch import Tensor, fx
 from quarot_fx.graph import Inserter, argument_nodes, module_path
 from quarot_fx.linear_like import LinearLike, linear_likes
 from quarot_fx.passes.base import Pass
+from quarot_fx.passes.readers import keeps_last_axis
 from quarot_fx.program import Program
 from quarot_fx.report import PassReport
 
@@ -41,7 +42,7 @@ class SplitPackedLinears(Pass):
                 continue
             chain = _chain(linear)
             parts = list(_parts(linear, chain)) if chain else []
-            if not parts:
+            if not chain or not parts:
                 continue
             if any(part.rows.numel() == 0 for part in parts):
                 report.decline(module_path(linear.node), "a part of a packed layer is empty")
@@ -52,34 +53,60 @@ class SplitPackedLinears(Pass):
             report.matched += 1
 
 
-def _chain(linear: LinearLike) -> list[fx.Node]:
-    """Return the linear layer and the views and moves of axes after it, up to where its result is split."""
-    out = linear.node.meta["val"].shape[-1]
-    chain = [linear.node]
-    while len(chain[-1].users) == 1:
-        user = next(iter(chain[-1].users))
-        is_first_view = str(user.target) in VIEWS and len(chain) == 1 and _split_of_last_axis(linear.node, user, out)
-        if not is_first_view and not (str(user.target) in MOVES and len(chain) > 1):
+@dataclass(frozen=True)
+class Chain:
+    """What stands between a packed layer and the splitting of its result.
+
+    Attributes:
+        lead: a view that arranges the batch axes, if there is one.
+        view: a view that splits the last axis, if there is one.
+        moves: transposes and permutations after that view.
+        last: the node that is split.
+    """
+
+    lead: fx.Node | None
+    view: fx.Node | None
+    moves: tuple[fx.Node, ...]
+    last: fx.Node
+
+
+def _chain(linear: LinearLike) -> Chain | None:
+    """Follow a layer's result to where it is split; None if anything else is done with it."""
+    lead = view = None
+    moves: list[fx.Node] = []
+    last = linear.node
+    while len(last.users) == 1:
+        user = next(iter(last.users))
+        if str(user.target) in VIEWS and view is None and lead is None and keeps_last_axis(user):
+            lead = user
+        elif str(user.target) in VIEWS and view is None and _splits_last_axis(last, user):
+            view = user
+        elif str(user.target) in MOVES and view is not None:
+            moves.append(user)
+        else:
             break
-        chain.append(user)
-    takes = [user for user in chain[-1].users if str(user.target) in SPLITS | TAKES]
-    return chain if takes and len(takes) == len(chain[-1].users) else []
+        last = user
+    takes = [user for user in last.users if str(user.target) in SPLITS | TAKES]
+    return Chain(lead, view, tuple(moves), last) if takes and len(takes) == len(last.users) else None
 
 
-def _split_of_last_axis(linear: fx.Node, view: fx.Node, out: int) -> int | None:
-    """Return into how many axes a view splits the last one, all others left alone; None if it does not."""
-    extra = view.meta["val"].ndim - linear.meta["val"].ndim + 1
-    sizes = view.meta["val"].shape[-extra:] if extra > 0 else ()
-    return extra if all(isinstance(s, int) for s in sizes) and sizes and math.prod(sizes) == out else None
+def _splits_last_axis(node: fx.Node, view: fx.Node) -> bool:
+    """Whether a view splits the last axis and leaves all others alone."""
+    extra = view.meta["val"].ndim - node.meta["val"].ndim + 1
+    sizes = view.meta["val"].shape[-extra:] if extra > 1 else ()
+    return bool(sizes) and all(isinstance(s, int) for s in sizes) and math.prod(sizes) == node.meta["val"].shape[-1]
 
 
-def _parts(linear: LinearLike, chain: list[fx.Node]) -> Iterator[Part]:
+def _batch_axes(linear: LinearLike, chain: Chain) -> int:
+    return (chain.lead or linear.node).meta["val"].ndim - 1
+
+
+def _parts(linear: LinearLike, chain: Chain) -> Iterator[Part]:
     """Yield the parts; nothing at all if some taking is not along an axis of the packed result."""
-    node, last = linear.node, chain[-1]
-    lead = node.meta["val"].ndim - 1
-    rows = torch.arange(node.meta["val"].shape[-1])
-    rows = rows.reshape([1] * lead + list(chain[1].meta["val"].shape[lead:] if len(chain) > 1 else rows.shape))
-    for move in chain[2:]:
+    last, batch = chain.last, _batch_axes(linear, chain)
+    rows = torch.arange(linear.node.meta["val"].shape[-1])
+    rows = rows.reshape([1] * batch + list(chain.view.meta["val"].shape[batch:] if chain.view else rows.shape))
+    for move in chain.moves:
         rows = move.target(rows, *move.args[1:])  # type: ignore[operator]
     found: list[Part] = []
     for take in last.users:
@@ -103,12 +130,11 @@ def _dim(take: fx.Node) -> int:
     return take.args[place] if len(take.args) > place else take.kwargs.get("dim", 0)  # type: ignore[return-value]
 
 
-def _make(linear: LinearLike, chain: list[fx.Node], part: Part, author: str) -> None:
+def _make(linear: LinearLike, chain: Chain, part: Part, author: str) -> None:
     """Insert the layer that makes one part, in the shape and layout in which it was taken."""
     node, target = linear.node, part.node
     graph = node.graph
     insert = Inserter(graph, author, node)
-    lead = node.meta["val"].ndim - 1
     with graph.inserting_before(node.next):
         rows = insert.constant("rows", part.rows.reshape(-1).sort().values)
         axis = linear.spelling.out + 2
@@ -118,26 +144,30 @@ def _make(linear: LinearLike, chain: list[fx.Node], part: Part, author: str) -> 
             args[linear.spelling.bias or 0] = insert.call(aten.index_select.default, linear.bias, 0, rows)
         result = insert.call(node.target, *args)  # type: ignore[arg-type]
     with graph.inserting_before(target):
-        if len(chain) > 1:
-            result = _reshaped(insert, result, chain, part, lead)
+        if chain.lead is not None:
+            batch = list(chain.lead.args[1])[:-1]  # type: ignore[arg-type]
+            result = insert.call(aten.reshape.default, result, [*batch, part.rows.numel()])
+        if chain.view is not None:
+            result = _reshaped(insert, result, chain, part, _batch_axes(linear, chain))
         if result.meta["val"].ndim > target.meta["val"].ndim:
             result = insert.call(aten.squeeze.dim, result, _dim(target if str(target.target) in TAKES else argument_nodes(target)[0]))
     target.replace_all_uses_with(result)
 
 
-def _reshaped(insert: Inserter, result: fx.Node, chain: list[fx.Node], part: Part, lead: int) -> fx.Node:
+def _reshaped(insert: Inserter, result: fx.Node, chain: Chain, part: Part, batch: int) -> fx.Node:
     """Replay the views of the packed result on one part; a selected axis stays with size 1."""
-    order = list(range(chain[1].meta["val"].ndim))
-    for move in chain[2:]:
+    assert chain.view is not None
+    order = list(range(chain.view.meta["val"].ndim))
+    for move in chain.moves:
         order = _moved(order, move)
     taken = list(part.rows.shape)
     if len(taken) < len(order):
         take = part.node if str(part.node.target) in TAKES else argument_nodes(part.node)[0]
         taken.insert(_dim(take) % len(order), 1)
-    sizes = [taken[order.index(dim)] for dim in range(lead, len(order))]
-    view = list(chain[1].args[1])[:lead] + sizes  # type: ignore[arg-type,call-overload]
+    sizes = [taken[order.index(dim)] for dim in range(batch, len(order))]
+    view = list(chain.view.args[1])[:batch] + sizes  # type: ignore[arg-type]
     result = insert.call(aten.reshape.default, result, view)
-    for move in chain[2:]:
+    for move in chain.moves:
         result = insert.call(move.target, result, *move.args[1:])  # type: ignore[arg-type]
     return result
 

@@ -195,7 +195,7 @@ def _constant(maxsize: int) -> Callable[[Callable[[Any], FloatArray]], Callable[
 
         @wraps(make)
         def constant(source: Any, like: Tensor) -> Tensor:
-            # A tracer takes a tensor that it has not seen for a constant only where it is lifted.
+            # Fake tensor modes and tracers accept a real tensor from outside only if it is lifted.
             return torch.ops.aten.lift_fresh(cached(source, like.device, like.dtype))
 
         return constant

@@ -50,7 +50,7 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
 
 
 def tiny_model(model_type: str, seed: int = 0, **config: Any) -> PreTrainedModel:
-    """A random model, float32, in evaluation mode. No gain is 1 and no bias is 0: those would hide mistakes."""
+    """A random float32 model in evaluation mode. No gain is 1 and no bias 0: those would hide mistakes."""
     settings = {**TINY, **ARCHITECTURES[model_type], **config}
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **settings)).float().eval()
     generator = torch.Generator().manual_seed(seed)

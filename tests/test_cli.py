@@ -23,7 +23,7 @@ BITS = st.sampled_from([2, 3, 4, 5, 6, 7, 8, 16])
 
 
 def run(*arguments, exit_code=0):
-    result = CliRunner().invoke(app, [str(argument) for argument in arguments])
+    result = CliRunner(env={"COLUMNS": "200"}).invoke(app, [str(argument) for argument in arguments])
     assert result.exit_code == exit_code, result.output
     return result.output
 
@@ -145,10 +145,9 @@ def test_perplexity_needs_a_tokenizer(tmp_path):
 def test_eval_measures_every_setting_next_to_float(tiny_folder, tmp_path):
     settings = ("W8A8KV8", "float", "rotated", "W4A4KV4-norot")
     shape = ("--windows", 2, "--window-length", 16)
-    output = run(
-        "eval", tiny_folder, *shape, "--settings", ",".join(settings), "--json", tmp_path / "out.json"
-    )
-    record = json.loads((tmp_path / "out.json").read_text())
+    file = tmp_path / "out.json"
+    output = run("eval", tiny_folder, *shape, "--settings", ",".join(settings), "--json", file)
+    record = json.loads(file.read_text())
     ratios = {result["setting"]: result["ratio"] for result in record["results"]}
     assert all(setting in output for setting in settings)
     assert tuple(ratios) == settings

@@ -1,6 +1,6 @@
-"""SmolLM2-135M through the compiled module: where quantisation with rotation holds, and where it collapses without.
+"""SmolLM2-135M through the compiled module: where quantisation holds, and where only rotation saves it.
 
-Windows are short to keep the tests so; ``quarot-fx eval smollm2`` measures the same with the paper's protocol.
+Windows are short to keep the tests short; ``quarot-fx eval smollm2`` follows the paper's protocol.
 """
 
 from __future__ import annotations

@@ -14,19 +14,21 @@ from quarot_fx.cli.settings import parse_setting
 
 SETTINGS = ("float", "W4A4KV4 without rotation", "W4A4KV4", "W6A6KV6", "W8A8KV8")
 PROMPT = "Explain what a compiler does in one sentence."
-WINDOW = 256  # one shape for the perplexity and for the sentences: one compilation a setting
+WINDOW = 128  # one shape for the perplexity and for the answers: one compilation a setting
 WINDOWS = 8
-NEW_TOKENS = 14
+NEW_TOKENS = 13
 
-INTRODUCTION = f"""\
-SmolLM2-135M-Instruct with weights (W), activations (A), keys and values (KV) rounded to 8, 6 and 4 bits
-(simulated: the arithmetic is float32). Perplexity (lower is better) is over {WINDOWS} windows of {WINDOW}
-tokens of Python's own help texts. Each setting then answers: {PROMPT}
-"""
-CONCLUSION = """\
-A few outlier channels set the scale for all the others, so 4 bits without rotation leave nothing of the
-model. A rotation, absorbed by the weights, spreads them: 8 bits cost almost nothing and 6 bits little. Four
-keep far more than without rotation, but rounded to nearest a model this small does not yet speak in them."""
+INTRODUCTION = (
+    "SmolLM2-135M-Instruct with weights (W), activations (A), keys and values (KV) rounded to 8, 6 and "
+    "4 bits (simulated: the arithmetic is float32). Perplexity, the lower the better, is over "
+    f"{WINDOWS} windows of {WINDOW} tokens of Python's own help texts. Each setting then answers: {PROMPT}\n"
+)
+CONCLUSION = (
+    "A few outlier channels set the scale for all the others, so 4 bits without rotation leave nothing of "
+    "the model. A rotation, absorbed by the weights, spreads them: 8 bits cost almost nothing and 6 bits "
+    "little. Four keep far more than without rotation, but rounded to nearest a model this small does not "
+    "yet speak in them."
+)
 
 
 def demo(
@@ -45,7 +47,8 @@ def demo(
         windows = split_windows(read_text("pydoc"), tokenizer, WINDOW, WINDOWS)
     console.print(INTRODUCTION)
 
-    table = Table(title=f"torch.compile(model, backend='quarot'), nested backend {nested_backend!r}")
+    title = f"torch.compile(model, backend='quarot'), nested backend {nested_backend!r}"
+    table = Table(title=title, show_lines=True)
     for column in ("setting", "perplexity", "ratio", "answer"):
         table.add_column(column, justify="right" if column in ("perplexity", "ratio") else "left")
     float_perplexity = 0.0

@@ -1,6 +1,6 @@
 """Affine quantisation in plain PyTorch: x is about (code - zero) * scale, for groups of the last axis.
 
-The ``quarot::`` ops, the clip search and the weight quantisers share these few functions. Scales are float32, or
+The ``quarot::`` ops, the clip search and the weight quantisers share these functions. Scales are float32, or
 float64 where x is. A group with a value that is not finite has such a scale, so that decoding shows it.
 """
 

@@ -63,9 +63,7 @@ def linear_unary(op: Operator) -> None:
         return op.barrier("casts integers")
     for axis, result in zip(source.axes(), op.result.axes(), strict=True):
         op.tie(axis, result)
-    for use in op.uses[1:]:
-        op.pin(use.axes(), "only its type is read")
-    return None
+    return None  # of type_as's second operand only the type is read
 
 
 @rule(

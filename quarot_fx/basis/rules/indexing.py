@@ -68,6 +68,13 @@ def stack(op: Operator) -> None:
             op.tie(axis, result)
 
 
+@rule(aten.topk.default, aten.sort.default, aten.max.dim, aten.min.dim, aten.gather.default, aten.scatter.value,
+      aten.scatter.src, aten.histc.default, aten.argsort.default)  # fmt: skip
+def choice(op: Operator) -> None:
+    """Entries chosen one by one, by rank or by an index of the tensor's own shape."""
+    op.barrier("chooses elements one by one")
+
+
 @rule(aten.select_scatter.default)
 def select_scatter(op: Operator) -> None:
     """One entry of an axis replaced."""

@@ -1,0 +1,196 @@
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from quarot_fx import ops
+from quarot_fx.errors import GroupSizeError, OptionError, RotationSizeError, UnknownOptionError
+from quarot_fx.ops import DECLARATIONS, OpDeclaration
+
+CASES = [
+    pytest.param(declaration, index, id=f"{name}-{index}")
+    for name, declaration in DECLARATIONS.items()
+    for index, _ in enumerate(declaration.inputs(torch.Generator().manual_seed(0)))
+]
+BITS = st.integers(2, 8)
+
+
+def arguments(declaration: OpDeclaration, index: int) -> tuple[object, ...]:
+    return list(declaration.inputs(torch.Generator().manual_seed(0)))[index]
+
+
+@st.composite
+def grouped_tensors(draw: st.DrawFn) -> tuple[torch.Tensor, int | None]:
+    """Draw a tensor whose magnitudes span many binades, and a group that divides its last axis."""
+    group, count = draw(st.sampled_from([1, 3, 8])), draw(st.integers(1, 3))
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**16)))
+    x = torch.randn(draw(st.integers(0, 3)), count * group, generator=generator, dtype=torch.float64)
+    x = x * 2.0 ** draw(st.integers(-60, 60)) + draw(st.sampled_from([0.0, 3.0, -3.0]))
+    return x, draw(st.sampled_from([group, None]))
+
+
+# -- parity, from the declarations -----------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("declaration", "index"), CASES)
+def test_schema_fake_and_tracing_agree_with_the_reference(declaration: OpDeclaration, index: int) -> None:
+    torch.library.opcheck(declaration.overload, arguments(declaration, index))
+
+
+@pytest.mark.parametrize("declaration", DECLARATIONS.values(), ids=DECLARATIONS)
+def test_compiled_op_equals_the_reference(declaration: OpDeclaration) -> None:
+    for args in declaration.inputs(torch.Generator().manual_seed(0)):
+        torch.compiler.reset()
+        compiled = torch.compile(
+            lambda *args: declaration.overload(*args), backend="aot_eager", fullgraph=True
+        )
+        expected = declaration.reference(*args)
+        torch.testing.assert_close(compiled(*args), expected, rtol=0, atol=0, equal_nan=True)
+
+
+# -- meaning ---------------------------------------------------------------------------------------
+
+
+def test_mean_square_is_the_same_in_every_basis() -> None:
+    x = torch.randn(5, 36, dtype=torch.float64)
+    rotated = ops.rotate(x, "random-hadamard-36-seed1")
+    torch.testing.assert_close(ops.mean_square(rotated), x.pow(2).mean(-1, keepdim=True))
+
+
+def test_project_out_subtracts_the_mean_in_every_basis() -> None:
+    x, ones = torch.randn(5, 36, dtype=torch.float64), torch.full((36,), 1 / 6, dtype=torch.float64)
+    centred = x - x.mean(-1, keepdim=True)
+    torch.testing.assert_close(ops.project_out(x, ones), centred)
+    rotation = "random-hadamard-36-seed1"
+    rotated = ops.project_out(ops.rotate(x, rotation), ops.rotate(ones, rotation))
+    torch.testing.assert_close(ops.rotate(rotated, rotation, inverse=True), centred)
+
+
+@settings(deadline=None)
+@given(grouped_tensors(), BITS)
+def test_symmetric_error_is_at_most_half_a_step(case: tuple[torch.Tensor, int | None], bits: int) -> None:
+    x, group = case
+    codes, scale = ops.quantize_symmetric(x, bits, group)
+    assert codes.dtype == torch.int8
+    assert ((codes.int() >= -(2 ** (bits - 1))) & (codes.int() < 2 ** (bits - 1))).all()
+    step = scale.repeat_interleave(x.shape[-1] // scale.shape[-1], -1)
+    error = (ops.dequantize(codes, scale, None, x.dtype) - x).abs()
+    assert (error <= step / 2 * (1 + 1e-9)).all()
+
+
+@settings(deadline=None)
+@given(grouped_tensors(), BITS)
+def test_asymmetric_error_is_at_most_half_a_step(case: tuple[torch.Tensor, int | None], bits: int) -> None:
+    x, group = case
+    codes, scale, zero = ops.quantize_asymmetric(x, bits, group)
+    assert codes.dtype == zero.dtype == torch.uint8
+    assert (codes.int() < 2**bits).all()
+    assert (zero.int() < 2**bits).all()
+    step = scale.repeat_interleave(x.shape[-1] // scale.shape[-1], -1)
+    error = (ops.dequantize(codes, scale, zero, x.dtype) - x).abs()
+    assert (error <= step / 2 * (1 + 1e-9)).all()
+
+
+@pytest.mark.parametrize("bits", range(2, 9))
+def test_clip_sets_the_scale_and_saturates(bits: int) -> None:
+    x = torch.tensor([[-1.0, 0.25, 1.0]])
+    codes, scale = ops.quantize_symmetric(x, bits, None, 0.5)
+    torch.testing.assert_close(scale, torch.tensor([[0.5 / (2 ** (bits - 1) - 1)]]))
+    assert codes[0, 2] == 2 ** (bits - 1) - 1
+    assert codes[0, 0] == -(2 ** (bits - 1))
+    codes, scale, zero = ops.quantize_asymmetric(x * 3 + 0.7, bits, None, 0.5)  # -2.3 to 3.7
+    torch.testing.assert_close(scale, torch.tensor([[3 / (2**bits - 1)]]))
+    assert codes[0, 0] == 0
+    assert codes[0, 2] == 2**bits - 1
+    assert zero.item() == round(1.15 / 3 * (2**bits - 1))
+
+
+def test_zero_groups_have_scale_one_and_code_zero() -> None:
+    x = torch.zeros(2, 8)
+    codes, scale = ops.quantize_symmetric(x, 4, 4)
+    assert torch.equal(codes, torch.zeros_like(codes))
+    assert torch.equal(scale, torch.ones(2, 2))
+    codes, scale, zero = ops.quantize_asymmetric(x, 4, 4)
+    assert torch.equal(codes, torch.zeros_like(codes))
+    assert torch.equal(zero, torch.zeros_like(zero))
+    assert torch.equal(scale, torch.ones(2, 2))
+
+
+def test_zero_stays_exactly_zero() -> None:
+    x = torch.tensor([[0.0, 5.0, 6.0, 7.3], [0.0, -5.0, -6.0, -7.3], [0.0, -1.0, 2.0, 3.3]])
+    codes, scale, zero = ops.quantize_asymmetric(x, 4)
+    assert torch.equal(ops.dequantize(codes, scale, zero, torch.float32)[:, 0], torch.zeros(3))
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+def test_a_value_that_is_not_finite_shows_in_its_group_only(value: float) -> None:
+    x = torch.ones(1, 8)
+    x[0, 2] = value
+    codes, scale = ops.quantize_symmetric(x, 4, 4)
+    symmetric = ops.dequantize(codes, scale, None, torch.float32)
+    asymmetric = ops.dequantize(*ops.quantize_asymmetric(x, 4, 4), torch.float32)
+    for decoded in (symmetric, asymmetric):
+        assert not decoded[0, :4].isfinite().any()
+        torch.testing.assert_close(decoded[0, 4:], torch.ones(4))
+
+
+@pytest.mark.parametrize(
+    ("dtype", "scale_dtype"), [(torch.bfloat16, torch.float32), (torch.float64, torch.float64)]
+)
+def test_scales_are_float32_at_least(dtype: torch.dtype, scale_dtype: torch.dtype) -> None:
+    x = torch.ones(2, 8, dtype=dtype)
+    assert ops.quantize_symmetric(x, 4)[1].dtype == scale_dtype
+    assert ops.quantize_asymmetric(x, 4)[1].dtype == scale_dtype
+
+
+@settings(deadline=None)
+@given(BITS, st.integers(1, 40), st.integers(0, 3), st.booleans(), st.integers(0, 2**16))
+def test_pack_round_trips(bits: int, size: int, rows: int, signed: bool, seed: int) -> None:
+    low, high = (-(2 ** (bits - 1)), 2 ** (bits - 1)) if signed else (0, 2**bits)
+    dtype = torch.int8 if signed else torch.uint8
+    codes = torch.randint(low, high, (rows, size), dtype=dtype, generator=torch.Generator().manual_seed(seed))
+    packed = ops.pack(codes, bits)
+    assert packed.shape == (rows, -(-size * bits // 8))
+    assert torch.equal(ops.unpack(packed, bits, size, signed), codes)
+
+
+@settings(deadline=None)
+@given(BITS, st.lists(st.integers(0, 255), min_size=1, max_size=20))
+def test_packed_codes_are_a_little_endian_stream_of_bits(bits: int, values: list[int]) -> None:
+    values = [value % 2**bits for value in values]
+    stream = sum(value << (bits * position) for position, value in enumerate(values))
+    packed = ops.pack(torch.tensor(values, dtype=torch.uint8), bits)
+    assert bytes(packed.tolist()) == stream.to_bytes(-(-len(values) * bits // 8), "little")
+
+
+def test_signed_codes_are_packed_in_twos_complement() -> None:
+    assert ops.pack(torch.tensor([-1, -8, 7, 0], dtype=torch.int8), 4).tolist() == [0x8F, 0x07]
+
+
+# -- errors ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("op", [ops.quantize_symmetric, ops.quantize_asymmetric])
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_wrong_groups_and_bits_are_errors(op: torch._ops.OpOverload, device: str) -> None:
+    x = torch.ones(2, 10, device=device)
+    with pytest.raises(GroupSizeError, match="group=4 does not divide the 10 elements"):
+        op(x, 4, 4)
+    for bits in (1, 9, 16):
+        with pytest.raises(OptionError, match=f"bits={bits}: must be 2 to 8"):
+            op(x, bits)
+
+
+def test_wrong_packed_sizes_are_errors() -> None:
+    with pytest.raises(OptionError, match="size=5"):
+        ops.unpack(torch.zeros(2, 2, dtype=torch.uint8), 4, 5, True)
+    with pytest.raises(OptionError, match="bits=1"):
+        ops.pack(torch.zeros(2, dtype=torch.int8), 1)
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_wrong_rotations_are_errors(device: str) -> None:
+    with pytest.raises(RotationSizeError, match="hadamard-12"):
+        ops.rotate(torch.ones(2, 10, device=device), "hadamard-12")
+    with pytest.raises(UnknownOptionError, match="hadamard-<order>"):
+        ops.rotate(torch.ones(2, 10, device=device), "hadamard")
