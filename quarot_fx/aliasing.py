@@ -64,9 +64,15 @@ def argument(node: fx.Node, name: str) -> Any:
 
 
 def storage_keys(node: fx.Node) -> set[int]:
-    """Return the identities of the storages that a node's value sees."""
-    leaves = tree_leaves(value(node))
-    return {leaf.untyped_storage()._cdata for leaf in leaves if isinstance(leaf, torch.Tensor)}
+    """Return the identities of the storages that a node's value sees, negative for those out of reach."""
+    return {_storage_key(leaf) for leaf in tree_leaves(value(node)) if isinstance(leaf, torch.Tensor)}
+
+
+def _storage_key(tensor: torch.Tensor) -> int:
+    try:
+        return tensor.untyped_storage()._cdata
+    except NotImplementedError:  # sparse, or under vmap
+        return -id(tensor)
 
 
 def equal_sizes(some: Any, others: Any) -> bool:

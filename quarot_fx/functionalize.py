@@ -103,6 +103,7 @@ class _Functionalizer:
         self.rewritten: list[str] = []
 
     def run(self) -> FunctionalizeReport:
+        self.graph.eliminate_dead_code(fx.Node.is_impure)  # tracing a scan leaves batched tensors behind
         self._find_aliases()
         self._freeze()
         for node in list(self.graph.nodes):
@@ -147,12 +148,21 @@ class _Functionalizer:
                 self.storages[key] = known.storage  # fake kernels of dropout copy where the real ones do not
             storage = self.storages.setdefault(key, _Storage())
             parent = source if known and known.storage is storage and source is not node else None
-            if parent is None and storage.nodes:
+            self.aliases[node] = _Alias(storage, parent, latest=node)
+            if key < 0:
+                storage.obstacle = f"what {node.name} aliases cannot be known: it has no storage"
+            elif parent is None and storage.nodes:
                 storage.obstacle = f"{node.name} and {storage.nodes[0].name} share it by no known view"
-            elif parent is not None and not (is_replayable(node) or is_alias(node) or written_nodes(node)):
+            elif parent is not None and not self._is_followed(node):
                 storage.obstacle = f"{node.name} ({node.target}) cannot be taken again of new content"
             storage.nodes.append(node)
-            self.aliases[node] = _Alias(storage, parent, latest=node)
+
+    def _is_followed(self, view: fx.Node) -> bool:
+        """Whether the content of a view can be derived again after its parent was written."""
+        known = is_replayable(view) or is_alias(view) or bool(written_nodes(view))
+        return known or self._is_identity(
+            view
+        )  # such as type_as, whose schema does not say that it may alias
 
     def _freeze(self) -> None:
         """Find the storages whose in-place operators have to stay."""

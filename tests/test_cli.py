@@ -115,10 +115,10 @@ def test_help_lists_the_commands():
     assert all(command in output for command in ("demo", "eval", "explain"))
 
 
-def test_help_is_fast_because_it_loads_no_model_library():
-    program = "import sys, quarot_fx.cli; print([m for m in ('transformers', 'triton') if m in sys.modules])"
+def test_help_is_fast_because_it_loads_neither_torch_nor_transformers():
+    program = "import sys, quarot_fx.cli; print({'torch', 'transformers', 'triton'} & set(sys.modules))"
     finished = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
-    assert finished.stdout.strip() == "[]"
+    assert finished.stdout.strip() == "set()"
 
 
 def test_an_unknown_setting_suggests_the_nearest():
@@ -173,7 +173,7 @@ def test_explain_stops_after_a_pass(tiny_folder, tmp_path):
     whole = [one["name"] for one in json.loads((tmp_path / "whole.json").read_text())["passes"]]
     run("explain", tiny_folder, "--stop-after", whole[1], "--json", tmp_path / "part.json")
     part = [one["name"] for one in json.loads((tmp_path / "part.json").read_text())["passes"]]
-    assert part == whole[:2]
+    assert part == [*whole[:2], "fold-constants"]  # which always comes last
 
 
 def test_explain_needs_no_tokenizer(tmp_path):

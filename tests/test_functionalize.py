@@ -220,7 +220,7 @@ def test_writes_to_fresh_tensors(program):
     assert not epilogue(gm)
 
 
-@pytest.mark.parametrize("program", [p for p in PROGRAMS if p is not write_transposed])
+@pytest.mark.parametrize("program", PROGRAMS)
 def test_symbolic_sizes(program):
     gm = capture(program, range_tensor(4, 3), range_tensor(3), dynamic=True)
     functionalize(gm)
@@ -564,14 +564,35 @@ def test_inputs_that_share_storage_freeze():
     torch.testing.assert_close(memory, expected)
 
 
-def test_higher_order_operator_that_only_reads():
+def test_memory_out_of_reach_freezes():
     def program(x):
-        z = x * 2
-        z.add_(1)
-        return (torch.cond(z.sum() > 0, lambda v: v + 1, lambda v: v - 1, (z,)),)
+        z = x.to_sparse()
+        z.mul_(2)
+        return (z.to_dense(),)
 
-    gm, _ = check(program, range_tensor(3))
+    _, report = check_frozen(program, range_tensor(3))
+    assert all("no storage" in reason for reason in report.frozen.values())
+
+
+def branch(x):
+    z = x * 2
+    z.add_(1)
+    return (torch.cond(z.sum() > 0, lambda v: v + 1, lambda v: v - 1, (z,)),)
+
+
+def test_higher_order_operator_that_reads():
+    gm, _ = check(branch, range_tensor(3))
     assert torch.ops.higher_order.cond in targets(gm)
+
+
+def test_higher_order_operator_that_writes_freezes():
+    gm = capture(branch, range_tensor(3))
+    (inner,) = (node for node in gm.true_graph_0.graph.nodes if node.op == "call_function")
+    inner.target = aten.add_.Tensor
+    report = functionalize(gm)
+    assert not report.rewritten
+    assert {"mul", "add_"} < set(report.frozen)
+    assert all("mutates its operands" in reason for reason in report.frozen.values())
 
 
 # -- any program -----------------------------------------------------------------------------------
@@ -592,6 +613,7 @@ VIEWS = [
     lambda t, k: t.diagonal() if t.dim() == 2 else t,
     lambda t, k: t.detach(),
     lambda t, k: t.contiguous(),
+    lambda t, k: t.type_as(t),
     lambda t, k: t.flatten(),
     lambda t, k: t * 2,  # has the strides of t, which later views rely on
 ]

@@ -1,8 +1,8 @@
 """One op, one declaration: schema, reference, fake, input generator and tolerance, stated together.
 
 Passes insert ``torch.ops.quarot.*`` nodes; every op has a reference in plain PyTorch, so a rewritten graph
-runs anywhere. Parity tests of every provider are generated from the declaration (vLLM's IR ops showed how well
-that works). The kernel is registered as ``CompositeExplicitAutograd``, so no tracer decomposes the op.
+runs anywhere. Parity tests of every provider come from the declaration (vLLM's IR ops showed how well that
+works). The kernel is registered as ``CompositeExplicitAutograd``, so no tracer decomposes the op.
 """
 
 from __future__ import annotations
