@@ -6,6 +6,7 @@ once, the graph gets the constants of whichever layer calls it.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -38,9 +39,11 @@ class Lifted:
         layout = [(t.shape, t.stride(), t.dtype, t.device) for t in self.constants]
         return self.graph_module.code, self.places, layout
 
-    def fake_inputs(self) -> list[Any]:
-        """Return the fake values of all inputs."""
-        return [node.meta["val"] for node in self.graph_module.graph.find_nodes(op="placeholder")]
+    def example_inputs(self, arguments: Sequence[Any]) -> list[Any]:
+        """Return inputs to compile with: Dynamo's own, which its fake mode knows, and fake constants, whose sizes stay
+        static under ``dynamic=True`` too."""
+        fakes = [node.meta["val"] for node in self.graph_module.graph.find_nodes(op="placeholder")]
+        return [*(arguments[place] for place in self.places), *fakes[len(self.places) :]]
 
 
 def lift(module: fx.GraphModule) -> Lifted:

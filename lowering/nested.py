@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from torch._dynamo.exc import RestartAnalysis
 
-from quarot_fx.errors import UnknownOptionError
+from quarot_fx.errors import NestedBackendError, UnknownOptionError
 from quarot_fx.lowering.lift import Lifted
 
 MODES: dict[str, dict[str, Any]] = {
@@ -27,14 +28,24 @@ def check_nested_backend(name: str, mode: str | None) -> None:
         raise UnknownOptionError("mode", str(mode), MODES)
 
 
-def compile_nested(lifted: Lifted, name: str, mode: str | None) -> Callable[..., Any]:
-    """Compile a lifted graph for inference. Must be called while Dynamo compiles, whose guards it may add to."""
-    module, inputs = lifted.graph_module, lifted.fake_inputs()
+def compile_nested(lifted: Lifted, arguments: Sequence[Any], name: str, mode: str | None) -> Callable[..., Any]:
+    """Compile a lifted graph for inference. Must be called while Dynamo compiles, whose guards it may add to.
+
+    Raises:
+        NestedBackendError: it could not. Dynamo would answer some of the exceptions behind it with graph breaks.
+    """
+    module = lifted.graph_module
     if name == "eager":
         return module.forward
-    with torch.no_grad():
-        if name == "inductor":
-            from torch._inductor.compile_fx import compile_fx
+    inputs = lifted.example_inputs(arguments)
+    try:
+        with torch.no_grad():
+            if name == "inductor":
+                from torch._inductor.compile_fx import compile_fx
 
-            return compile_fx(module, inputs, config_patches=MODES[mode or "default"])
-        return torch._dynamo.lookup_backend(name)(module, inputs)
+                return compile_fx(module, inputs, config_patches=MODES[mode or "default"])
+            return torch._dynamo.lookup_backend(name)(module, inputs)
+    except RestartAnalysis:  # Dynamo's own: it traces again with a lifted float made static
+        raise
+    except Exception as error:
+        raise NestedBackendError(name=name, reason=f"{type(error).__name__}: {error}") from error

@@ -58,7 +58,7 @@ def compile_graph(
     check_evaluation_mode(gm)
     captured = capture(gm, example_inputs)
     graph = BoundGraph(captured, passes, SHARED, config.free_originals, config.check)
-    graph.compile(example_inputs, lambda lifted: compile_nested(lifted, config.nested_backend, mode))
+    graph.compile(example_inputs, lambda lifted: compile_nested(lifted, example_inputs, config.nested_backend, mode))
     return graph
 
 

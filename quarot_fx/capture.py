@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch._dynamo.exc import RestartAnalysis
 from torch._subclasses import FakeTensor, FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 
@@ -62,7 +63,7 @@ def capture(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Captured:
     try:
         graph_module = _trace(gm, [node.meta["example_value"] for node in placeholders])
         functionalize(graph_module)
-    except QuarotError:
+    except (QuarotError, RestartAnalysis):  # the latter is Dynamo's own, to trace again
         raise
     except Exception as error:
         raise CaptureError(where=_last_operator(error), reason=f"{type(error).__name__}: {error}") from error

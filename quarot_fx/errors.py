@@ -145,6 +145,15 @@ class CaptureError(QuarotError):
     template = "quarot could not capture this graph, at {where}: {reason}"
 
 
+class NestedBackendError(QuarotError):
+    """The compiler that got the rewritten graph failed on it."""
+
+    template = (
+        "the nested backend {name!r} failed on the rewritten graph: {reason}. "
+        "nested_backend='eager' runs the same graph without compiling it."
+    )
+
+
 class NotOneGraphError(QuarotError):
     """``rewrite`` or ``explain`` was asked for one graph, and the model has another number of them."""
 
