@@ -64,6 +64,6 @@ def compile_graph(
 
 def _raising(error: QuarotError) -> Callable[..., Any]:
     def fail(*_: Any) -> Any:
-        raise error
+        raise error.with_traceback(None)
 
     return fail

@@ -19,7 +19,7 @@ from quarot_fx.lowering.lift import Lifted, lift
 from quarot_fx.passes.base import Pass
 from quarot_fx.passes.pipeline import run_pipeline
 from quarot_fx.program import Program
-from quarot_fx.store import WeightStore, check_not_updated_after_freeing, free, version
+from quarot_fx.store import WeightStore, check_not_updated_after_freeing, free, keep_live, stamp
 
 Compile = Callable[[Lifted], Callable[..., Any]]
 
@@ -39,13 +39,13 @@ class Binding:
     def fits(self, arguments: Sequence[Any]) -> bool:
         """Whether these arguments carry the parameters, unchanged, that the constants were made from."""
         return all(
-            arguments[place] is parameter() and version(arguments[place]) == stamp
-            for place, parameter, stamp in self.parts
+            arguments[place] is parameter() and stamp(arguments[place]) == bound
+            for place, parameter, bound in self.parts
         )
 
     def is_stale(self) -> bool:
         """Whether no call can fit any more: a parameter is gone or was changed."""
-        return any((tensor := parameter()) is None or version(tensor) != stamp for _, parameter, stamp in self.parts)
+        return any((tensor := parameter()) is None or stamp(tensor) != bound for _, parameter, bound in self.parts)
 
 
 class BoundGraph:
@@ -101,11 +101,14 @@ class BoundGraph:
             for place in self._captured.parameters
             if id(arguments[place]) in self.program.consumed
         }
+        for place in self._captured.parameters:
+            if place in lifted.places:
+                keep_live(arguments[place])
         if self._frees_originals:
             for place, parameter in consumed.items():
                 if place not in lifted.places:
                     free(parameter, self._captured.parameters[place])
-        parts = tuple((place, weakref.ref(p), version(p)) for place, p in consumed.items())
+        parts = tuple((place, weakref.ref(p), stamp(p)) for place, p in consumed.items())
         self._bindings.insert(0, Binding(parts, lifted.constants))
         return lifted
 

@@ -102,7 +102,7 @@ class NonFiniteWeightError(QuarotError):
 
     template = (
         "parameter {parameter!r} has {count} element(s) that are NaN or infinite; rotating it would spread them "
-        "over whole rows. Repair the checkpoint, or skip it with overrides={{{parameter!r}: 'skip'}}."
+        "over whole rows. Repair the checkpoint."
     )
 
 

@@ -44,10 +44,11 @@ def version(tensor: torch.Tensor) -> tuple[int, int]:
     A freed tensor keeps the version of its last real content.
     """
     freed = _FREED.get(tensor)
-    return freed.version if freed is not None else _stamp(tensor)
+    return freed.version if freed is not None else stamp(tensor)
 
 
-def _stamp(tensor: torch.Tensor) -> tuple[int, int]:
+def stamp(tensor: torch.Tensor) -> tuple[int, int]:
+    """Return what changes when anything at all is done to a tensor's content: its version and its address."""
     return (-1 if tensor.is_inference() else tensor._version), tensor.data_ptr()
 
 
@@ -62,6 +63,7 @@ class _Freed:
 
 
 _FREED: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+_LIVE: WeakTensorKeyDictionary = WeakTensorKeyDictionary()  # read by some compiled graph as they are
 _POISON: dict[tuple[torch.device, torch.dtype], torch.Tensor] = {}
 
 
@@ -70,13 +72,19 @@ def free(tensor: torch.Tensor, name: str) -> None:
 
     Dynamo's guards still pass on such a tensor, and nothing can crash on it, which is not so of an emptied storage.
     """
-    if tensor in _FREED:
+    if tensor in _FREED or tensor in _LIVE:
         return
-    key, before = (tensor.device, tensor.dtype), _stamp(tensor)
+    key, before = (tensor.device, tensor.dtype), stamp(tensor)
     if key not in _POISON or _POISON[key].numel() < tensor.numel():
         _POISON[key] = torch.full((tensor.numel(),), torch.nan, dtype=tensor.dtype, device=tensor.device)
     tensor.data = _POISON[key][: tensor.numel()].view(tensor.shape)
-    _FREED[tensor] = _Freed(name, before, _stamp(tensor))
+    _FREED[tensor] = _Freed(name, before, stamp(tensor))
+
+
+def keep_live(tensor: torch.Tensor) -> None:
+    """Never free a tensor that a compiled graph reads as it is; raises :class:`OriginalsFreedError` if it was already."""
+    check_not_freed(tensor, "a graph reads it as it is")
+    _LIVE[tensor] = True
 
 
 def check_not_freed(tensor: torch.Tensor, reason: str) -> None:
@@ -89,7 +97,7 @@ def check_not_freed(tensor: torch.Tensor, reason: str) -> None:
 def check_not_updated_after_freeing(tensor: torch.Tensor) -> None:
     """Raise :class:`OriginalsFreedError` if somebody wrote to a weight whose content was released."""
     freed = _FREED.get(tensor)
-    if freed is not None and freed.stamp != _stamp(tensor):
+    if freed is not None and freed.stamp != stamp(tensor):
         raise OriginalsFreedError(parameter=freed.name, reason="it was updated in place")
 
 
