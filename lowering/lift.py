@@ -41,7 +41,8 @@ class Lifted:
 
     def example_inputs(self, arguments: Sequence[Any]) -> list[Any]:
         """Return inputs to compile with: Dynamo's own, which its fake mode knows, and fake constants, whose sizes stay
-        static under ``dynamic=True`` too."""
+        static under ``dynamic=True`` too.
+        """
         fakes = [node.meta["val"] for node in self.graph_module.graph.find_nodes(op="placeholder")]
         return [*(arguments[place] for place in self.places), *fakes[len(self.places) :]]
 
@@ -50,8 +51,8 @@ def lift(module: fx.GraphModule) -> Lifted:
     """Turn every stored tensor of a graph into an input: live parameters where they came from, constants at the end."""
     module = copy_graph_module(module)
     graph = module.graph
-    live: dict[int, fx.Node] = {}
-    constants: dict[str, fx.Node] = {}
+    live: dict[Any, fx.Node] = {}  # by place
+    constants: dict[Any, fx.Node] = {}  # by name
     for node in list(graph.find_nodes(op="placeholder")):
         if node.users or not is_tensor(node):
             live[node.meta[INPUT]] = node
@@ -61,11 +62,12 @@ def lift(module: fx.GraphModule) -> Lifted:
     tensors = {str(node.target): stored_tensor(node) for node in stored}
     start = next(iter(graph.nodes))
     for node in stored:
-        key, found = (node.meta[INPUT], live) if INPUT in node.meta else (str(node.target), constants)  # type: ignore[assignment]
+        key = node.meta.get(INPUT, str(node.target))
+        found = live if INPUT in node.meta else constants
         if key not in found:
             with graph.inserting_before(start):
-                found[key] = _placeholder(graph, node)  # type: ignore[index]
-        node.replace_all_uses_with(found[key])  # type: ignore[index]
+                found[key] = _placeholder(graph, node)
+        node.replace_all_uses_with(found[key])
         graph.erase_node(node)
     ordered = [live[place] for place in sorted(live)] + list(constants.values())
     for node in reversed(ordered):
@@ -80,7 +82,7 @@ def _placeholder(graph: fx.Graph, stored: fx.Node) -> fx.Node:
     """Insert an input in place of a stored tensor, marked for Inductor as one whose address does not change."""
     node = graph.placeholder(str(stored.target))
     node.meta = dict(stored.meta)
-    node._dynamo_source = getattr(stored, "_dynamo_source", None) or ConstantSource(f"quarot.{stored.target}")  # type: ignore[attr-defined]
+    node._dynamo_source = getattr(stored, "_dynamo_source", None) or ConstantSource(f"quarot.{stored.target}")
     if INPUT not in stored.meta:
         node.meta["tensor_dict"] = {"_dynamo_static_input_type": "guarded"}
     return node

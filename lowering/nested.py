@@ -6,10 +6,10 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from quarot_fx.lowering.lift import Lifted
 from torch._dynamo.exc import RestartAnalysis
 
 from quarot_fx.errors import NestedBackendError, UnknownOptionError
-from quarot_fx.lowering.lift import Lifted
 
 MODES: dict[str, dict[str, Any]] = {
     "default": {},
@@ -43,8 +43,10 @@ def compile_nested(lifted: Lifted, arguments: Sequence[Any], name: str, mode: st
             if name == "inductor":
                 from torch._inductor.compile_fx import compile_fx
 
-                return compile_fx(module, inputs, config_patches=MODES[mode or "default"])
-            return torch._dynamo.lookup_backend(name)(module, inputs)
+                compiled: Any = compile_fx(module, inputs, config_patches=MODES[mode or "default"])
+                return compiled
+            compiler: Callable[..., Any] = torch._dynamo.lookup_backend(name)
+            return compiler(module, inputs)
     except RestartAnalysis:  # Dynamo's own: it traces again with a lifted float made static
         raise
     except Exception as error:

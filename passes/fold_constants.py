@@ -5,11 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
+from quarot_fx.passes.base import Pass
 from torch import fx
 
 from quarot_fx.float64 import evaluate
 from quarot_fx.graph import AUTHOR, Constants, Inserter, parameters_of
-from quarot_fx.passes.base import Pass
 from quarot_fx.program import Program
 from quarot_fx.report import PassReport
 
@@ -19,7 +19,8 @@ AT_RUN_TIME = {"quarot.unpack.default", "quarot.dequantize.default"}  # packed c
 @dataclass(frozen=True)
 class FoldConstants(Pass):
     """``f(W) -> W'`` for every expression of parameters that a pass made: float64 inside, rounded once at the end
-    (QuaRot, section 4)."""
+    (QuaRot, section 4).
+    """
 
     tolerance: ClassVar[float | None] = 1e-2  # the one pass that rounds: to bfloat16, if that is what the model has
 

@@ -6,12 +6,12 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
+from quarot_fx.passes.base import Pass
+from quarot_fx.passes.readers import Blocked, Readers, keeps_last_axis
 from torch import fx
 
 from quarot_fx.graph import Constants, Inserter, argument_nodes, is_tensor, module_path, replace_arguments
 from quarot_fx.linear_like import LinearLike
-from quarot_fx.passes.base import Pass
-from quarot_fx.passes.readers import Blocked, Readers, keeps_last_axis
 from quarot_fx.program import Program
 from quarot_fx.report import PassReport
 
@@ -21,7 +21,8 @@ aten = torch.ops.aten
 @dataclass(frozen=True)
 class FoldGains(Pass):
     """``W (g * x) = (W diag(g)) x`` where linear layers alone read it, else ``g * (W x) = (diag(g) W) x`` where one
-    wrote it (QuaRot, section 3.1)."""
+    wrote it (QuaRot, section 3.1).
+    """
 
     requires: ClassVar[tuple[str, ...]] = ("recognize-norms", "fold-biases")
 
@@ -52,13 +53,12 @@ class FoldGains(Pass):
 def gain_of(node: fx.Node, constants: Constants) -> fx.Node | None:
     """Return the operand that is a constant vector along the last axis, if the other one is an activation."""
     operands = argument_nodes(node)
-    if len(operands) != 2 or not is_tensor(node):
+    if len(operands) != 2 or not all(map(is_tensor, (node, *operands))):
         return None
-    size = node.meta["val"].shape[-1:]
+    size = node.meta["val"].shape[-1:].numel()
     for gain, x in (operands, operands[::-1]):
-        shape = gain.meta["val"].shape if is_tensor(gain) else ()
-        is_vector = len(shape) > 0 and shape[-1] == size[0] and gain.meta["val"].numel() == shape[-1] > 1
-        if gain in constants and x not in constants and is_vector and x.meta["val"].shape[-1:] == size:
+        spans = gain.meta["val"].numel() == size > 1 and gain.meta["val"].shape[-1:] == x.meta["val"].shape[-1:]
+        if spans and gain in constants and x not in constants:
             return gain
     return None
 

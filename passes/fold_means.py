@@ -6,12 +6,12 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
+from quarot_fx.passes.base import Pass
+from quarot_fx.passes.readers import Readers, keeps_last_axis
 from torch import fx
 
 from quarot_fx.graph import Inserter, argument_nodes, is_tensor, module_path, replace_arguments
 from quarot_fx.linear_like import LinearLike
-from quarot_fx.passes.base import Pass
-from quarot_fx.passes.readers import Readers, keeps_last_axis
 from quarot_fx.program import Program
 from quarot_fx.report import PassReport
 
@@ -22,7 +22,8 @@ CENTRING = "quarot.project_out.default"
 @dataclass(frozen=True)
 class FoldMeans(Pass):
     """``P (W x + b) = (P W) x + P b`` with ``P = I - u u^T``: when every reader of a stream removes the mean, its
-    writers may do it once and for all (SliceGPT, section 3.2; QuaRot, section 3.1)."""
+    writers may do it once and for all (SliceGPT, section 3.2; QuaRot, section 3.1).
+    """
 
     requires: ClassVar[tuple[str, ...]] = ("recognize-norms", "fold-biases", "fold-gains")
 
@@ -78,10 +79,10 @@ class _Stream:
         return None
 
     def _sources(self, node: fx.Node) -> tuple[list[fx.Node], str | None]:
-        if node in self.readers.linears or str(node.target) == "aten.embedding.default":
-            if argument_nodes(node)[0] in self.readers.constants or node in self.readers.linears:
-                self.writers.append(node)
-                return [], None
+        is_table = str(node.target) == "aten.embedding.default" and argument_nodes(node)[0] in self.readers.constants
+        if is_table or node in self.readers.linears:
+            self.writers.append(node)
+            return [], None
         if not self._is_linear_map(node):
             return [], f"{node.target} {node.name} writes the stream and cannot be centred"
         operands = [operand for operand in argument_nodes(node) if is_tensor(operand)]

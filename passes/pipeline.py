@@ -7,9 +7,6 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-from quarot_fx.config import QuarotConfig
-from quarot_fx.errors import CheckError, PipelineError, UnknownOptionError
-from quarot_fx.float64 import relative_difference, run_in_float64
 from quarot_fx.passes.base import Pass, pass_name
 from quarot_fx.passes.fold_biases import FoldBiases
 from quarot_fx.passes.fold_constants import FoldConstants
@@ -22,6 +19,10 @@ from quarot_fx.passes.quantize_weights import QuantizeWeights
 from quarot_fx.passes.recognize_norms import RecognizeNorms
 from quarot_fx.passes.rotate import Rotate
 from quarot_fx.passes.split_packed_linears import SplitPackedLinears
+
+from quarot_fx.config import QuarotConfig
+from quarot_fx.errors import CheckError, PipelineError, UnknownOptionError
+from quarot_fx.float64 import relative_difference, run_in_float64
 from quarot_fx.program import Program
 
 DEFAULT_ORDER: tuple[type[Pass], ...] = (
@@ -91,9 +92,7 @@ def build_pipeline(config: QuarotConfig) -> list[Pass]:
     names = {name for name in (config.stop_after, *config.disabled_passes) if name is not None}
     for name in sorted(names - set(PASSES)):
         raise UnknownOptionError("pass", name, PASSES)
-    passes = (
-        parse_pipeline(config.pipeline, config) if config.pipeline else [cls(config) for cls in DEFAULT_ORDER]
-    )
+    passes = parse_pipeline(config.pipeline, config) if config.pipeline else [cls(config) for cls in DEFAULT_ORDER]
     check_order(passes)
     if config.stop_after:
         ends = [place for place, p in enumerate(passes) if p.name == config.stop_after]
@@ -137,5 +136,3 @@ def run_pipeline(program: Program, passes: Sequence[Pass], check_inputs: Sequenc
             before = after
         last = one.name
     return state
-
-

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
+from quarot_fx.passes.base import Pass
 from torch import fx
 
 from quarot_fx.attention import reads_of_keys_and_values
@@ -17,7 +18,6 @@ from quarot_fx.basis.plan import RotationPlan, Site, Transform
 from quarot_fx.config import UNQUANTIZED_BITS, QuarotConfig
 from quarot_fx.graph import module_path
 from quarot_fx.linear_like import linear_likes
-from quarot_fx.passes.base import Pass
 from quarot_fx.program import Program
 from quarot_fx.report import PassReport
 from quarot_fx.roles import Roles
@@ -74,10 +74,9 @@ class PlaceRotations(Pass):
 
 def _candidates(graph: fx.Graph, analysis: Analysis, config: QuarotConfig) -> Iterator[Candidate]:
     """Yield what wants rotating. A config that quantises nothing is planned as if it quantised everything, since
-    what it can only be for is to see the rotations at work."""
-    quantizes = any(
-        getattr(config, name) != UNQUANTIZED_BITS for name in ("w_bits", "a_bits", "k_bits", "v_bits")
-    )
+    what it can only be for is to see the rotations at work.
+    """
+    quantizes = any(getattr(config, name) != UNQUANTIZED_BITS for name in ("w_bits", "a_bits", "k_bits", "v_bits"))
     wanted = config if quantizes else replace(config, w_bits=4, a_bits=4, kv_bits=4)
     roles = Roles(graph)
     for linear in linear_likes(graph):
@@ -107,7 +106,7 @@ def _rotation(cut: FactorCut, config: QuarotConfig) -> Rotation:
 def _transforms(cut: FactorCut, analysis: Analysis, config: QuarotConfig) -> Iterator[Transform]:
     rotation = str(_rotation(cut, config))
     for crossing in cut.crossings:
-        tensor, dim, place = crossing.position
+        tensor, dim, _ = crossing.position
         uses = [use.tensor for use in crossing.uses]
         yield Transform(
             node=tensor.node.name,

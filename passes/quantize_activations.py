@@ -5,14 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
+from quarot_fx.passes.base import Pass
+from quarot_fx.passes.quantized import insert_quantized
 from torch import fx
 
 from quarot_fx.config import UNQUANTIZED_BITS, QuantScheme
 from quarot_fx.errors import GroupSizeError
 from quarot_fx.graph import Inserter, after, replace_arguments
 from quarot_fx.linear_like import linear_likes
-from quarot_fx.passes.base import Pass
-from quarot_fx.passes.quantized import insert_quantized
 from quarot_fx.program import Program
 from quarot_fx.report import PassReport
 from quarot_fx.roles import Roles
@@ -21,7 +21,8 @@ from quarot_fx.roles import Roles
 @dataclass(frozen=True)
 class QuantizeActivations(Pass):
     """``x -> scale (codes - zero)`` per token or group, range taken from the data at run time (QuaRot, section 4,
-    stage 2b)."""
+    stage 2b).
+    """
 
     requires: ClassVar[tuple[str, ...]] = ("rotate",)
     tolerance: ClassVar[float | None] = None
@@ -40,7 +41,9 @@ class QuantizeActivations(Pass):
                 continue
             x, size = linear.x, linear.x.meta["val"].shape[-1]
             if scheme.group is not None and size % scheme.group:
-                raise GroupSizeError(option="a_group", group=scheme.group, size=size, where=f"input of {linear.parameter}")
+                raise GroupSizeError(
+                    option="a_group", group=scheme.group, size=size, where=f"input of {linear.parameter}"
+                )
             if (x, scheme) not in made:
                 with program.graph.inserting_before(after(x)):
                     made[x, scheme] = insert_quantized(Inserter(program.graph, self.name, linear.node), x, scheme)

@@ -5,14 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
+from quarot_fx.passes.base import Pass
+from quarot_fx.passes.quantized import insert_quantized
 from torch import fx
 
 from quarot_fx.attention import before_repetition, reads_of_keys_and_values
 from quarot_fx.config import UNQUANTIZED_BITS, QuantScheme
 from quarot_fx.errors import GroupSizeError
 from quarot_fx.graph import Constants, Inserter, after, argument_nodes, module_path, replace_arguments
-from quarot_fx.passes.base import Pass
-from quarot_fx.passes.quantized import insert_quantized
 from quarot_fx.program import Program
 from quarot_fx.report import PassReport
 
@@ -20,7 +20,8 @@ from quarot_fx.report import PassReport
 @dataclass(frozen=True)
 class QuantizeCaches(Pass):
     """``K, V -> scale (codes - zero)`` per token and head (QuaRot, section 4, stage 2c). A cache that the caller made
-    keeps real numbers in the canonical basis: they are rotated and quantised at every read."""
+    keeps real numbers in the canonical basis: they are rotated and quantised at every read.
+    """
 
     requires: ClassVar[tuple[str, ...]] = ("rotate",)
     tolerance: ClassVar[float | None] = None
@@ -44,7 +45,9 @@ class QuantizeCaches(Pass):
                 continue
             size = x.meta["val"].shape[-1]
             if scheme.group is not None and size % scheme.group:
-                raise GroupSizeError(option="kv_group", group=scheme.group, size=size, where=f"a {read.kind} of {where}")
+                raise GroupSizeError(
+                    option="kv_group", group=scheme.group, size=size, where=f"a {read.kind} of {where}"
+                )
             if (x, scheme) not in made:
                 with program.graph.inserting_before(after(x)):
                     made[x, scheme] = insert_quantized(Inserter(program.graph, self.name, read.user), x, scheme)

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
+from quarot_fx.passes.base import Pass
 from torch import Tensor, fx
 
 from quarot_fx.clip_search import quantize_weight
@@ -14,7 +15,6 @@ from quarot_fx.errors import GroupSizeError
 from quarot_fx.float64 import evaluate
 from quarot_fx.graph import Inserter, replace_arguments
 from quarot_fx.linear_like import LinearLike, linear_likes
-from quarot_fx.passes.base import Pass
 from quarot_fx.program import Program
 from quarot_fx.report import PassReport
 from quarot_fx.roles import Roles
@@ -25,7 +25,8 @@ aten, quarot = torch.ops.aten, torch.ops.quarot
 @dataclass(frozen=True)
 class QuantizeWeights(Pass):
     """``W -> scale (codes - zero)`` per output channel or group, round to nearest with a searched clip ratio
-    (QuaRot, section 4, stage 2a)."""
+    (QuaRot, section 4, stage 2a).
+    """
 
     requires: ClassVar[tuple[str, ...]] = ("rotate",)
     tolerance: ClassVar[float | None] = None

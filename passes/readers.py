@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from torch import fx
 
-from quarot_fx.graph import argument_nodes, Constants, is_tensor
+from quarot_fx.graph import Constants, argument_nodes, is_tensor
 from quarot_fx.linear_like import LinearLike, linear_likes
 
 CASTS = {
@@ -42,7 +42,7 @@ def keeps_last_axis(node: fx.Node) -> bool:
     if target == "aten.index.Tensor":
         return len(node.args[1]) < len(origin)  # type: ignore[arg-type]
     if target in ("aten.select.int", "aten.index_select.default", "aten.unsqueeze.default"):
-        return len(origin) > 1 and node.args[1] % len(origin) != len(origin) - 1  # type: ignore[operator]
+        return len(origin) > 1 and int(node.args[1]) % len(origin) != len(origin) - 1  # type: ignore[arg-type]
     return target in VIEWS | ROWS
 
 

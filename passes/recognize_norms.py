@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
+from quarot_fx.passes.base import Pass
 from torch import fx
 
 from quarot_fx.graph import Inserter, is_float, module_path, value
-from quarot_fx.passes.base import Pass
 from quarot_fx.program import Program
 from quarot_fx.report import PassReport
 
@@ -19,7 +20,8 @@ aten, quarot = torch.ops.aten, torch.ops.quarot
 @dataclass(frozen=True)
 class RecognizeNorms(Pass):
     """``mean(x^2) -> mean_square(x)``; ``x - mean(x) -> x - (x.u) u`` with ``u = 1/sqrt(n)``; layer_norm and rms_norm
-    are written out with these, ``y = (x - (x.u) u) / sqrt(mean_square + eps) * gain + bias`` (QuaRot, section 3.1)."""
+    are written out with these, ``y = (x - (x.u) u) / sqrt(mean_square + eps) * gain + bias`` (QuaRot, section 3.1).
+    """
 
     def run(self, program: Program, report: PassReport) -> None:
         graph = program.graph
@@ -98,7 +100,7 @@ def _write_out(graph: fx.Graph, node: fx.Node, author: str, report: PassReport, 
     """Write a fused norm out; half precisions compute in float32, as the fused kernels do."""
     names = ("input", "normalized_shape", "weight", "bias", "eps") if centred else (
         "input", "normalized_shape", "weight", "eps")  # fmt: skip
-    arguments = dict(zip(names, node.args, strict=False)) | dict(node.kwargs)
+    arguments: dict[str, Any] = dict(zip(names, node.args, strict=False)) | dict(node.kwargs)
     source, shape = arguments["input"], arguments["normalized_shape"]
     if len(shape) != 1 or not isinstance(shape[0], int):
         report.decline(module_path(node), "normalises over several axes")

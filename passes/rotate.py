@@ -7,12 +7,12 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
+from quarot_fx.passes.base import Pass
 from torch import fx
 
 from quarot_fx.basis.plan import Transform
 from quarot_fx.errors import PipelineError
 from quarot_fx.graph import Inserter, after, replace_arguments
-from quarot_fx.passes.base import Pass
 from quarot_fx.program import Program
 from quarot_fx.report import PassReport
 
@@ -22,7 +22,8 @@ quarot = torch.ops.quarot
 @dataclass(frozen=True)
 class Rotate(Pass):
     """``x -> x Q`` wherever the plan's cut runs. On constants ``fold-constants`` computes it once, in float64
-    (QuaRot, section 4, stage 1)."""
+    (QuaRot, section 4, stage 1).
+    """
 
     requires: ClassVar[tuple[str, ...]] = ("place-rotations",)
 
@@ -41,7 +42,9 @@ class Rotate(Pass):
         report.matched = len(program.plan.online)
         report.weights = len({t.node for t in program.plan.transforms if not t.online})
 
-    def _rotated(self, node: fx.Node, chain: tuple[Transform, ...], made: dict[tuple[Transform, ...], fx.Node]) -> fx.Node:
+    def _rotated(
+        self, node: fx.Node, chain: tuple[Transform, ...], made: dict[tuple[Transform, ...], fx.Node]
+    ) -> fx.Node:
         """Return a node transformed by each of a chain; uses that want the same share it."""
         if not chain:
             return node

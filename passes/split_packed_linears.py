@@ -5,14 +5,15 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any, cast
 
 import torch
+from quarot_fx.passes.base import Pass
+from quarot_fx.passes.readers import keeps_last_axis
 from torch import Tensor, fx
 
 from quarot_fx.graph import Inserter, argument_nodes, module_path
 from quarot_fx.linear_like import LinearLike, linear_likes
-from quarot_fx.passes.base import Pass
-from quarot_fx.passes.readers import keeps_last_axis
 from quarot_fx.program import Program
 from quarot_fx.report import PassReport
 
@@ -38,7 +39,7 @@ class SplitPackedLinears(Pass):
 
     def run(self, program: Program, report: PassReport) -> None:
         for linear in list(linear_likes(program.graph)):
-            if linear.weight.meta["val"].ndim != 2 or linear.bias is not None and linear.bias.meta["val"].ndim != 1:
+            if linear.weight.meta["val"].ndim != 2 or (linear.bias is not None and linear.bias.meta["val"].ndim != 1):
                 continue
             chain = _chain(linear)
             parts = list(_parts(linear, chain)) if chain else []
@@ -113,11 +114,11 @@ def _parts(linear: LinearLike, chain: Chain) -> Iterator[Part]:
         dim = _dim(take) % rows.ndim
         if rows.shape[dim] != last.meta["val"].shape[dim] or argument_nodes(take) != [last]:
             return
-        pieces = take.target(rows, *take.args[1:], **take.kwargs)  # type: ignore[operator]
+        pieces: Any = take.target(rows, *take.args[1:], **take.kwargs)  # type: ignore[operator]
         if str(take.target) in SPLITS:
             if any(getattr(user.target, "__name__", "") != "getitem" for user in take.users):
                 return
-            found += [Part(user, pieces[user.args[1]]) for user in take.users]  # type: ignore[index]
+            found += [Part(user, pieces[user.args[1]]) for user in take.users]
         elif pieces.shape != rows.shape:
             found.append(Part(take, pieces))
         else:
@@ -150,7 +151,11 @@ def _make(linear: LinearLike, chain: Chain, part: Part, author: str) -> None:
         if chain.view is not None:
             result = _reshaped(insert, result, chain, part, _batch_axes(linear, chain))
         if result.meta["val"].ndim > target.meta["val"].ndim:
-            result = insert.call(aten.squeeze.dim, result, _dim(target if str(target.target) in TAKES else argument_nodes(target)[0]))
+            result = insert.call(
+                aten.squeeze.dim,
+                result,
+                _dim(target if str(target.target) in TAKES else argument_nodes(target)[0]),
+            )
     target.replace_all_uses_with(result)
 
 
@@ -174,8 +179,8 @@ def _reshaped(insert: Inserter, result: fx.Node, chain: Chain, part: Part, batch
 
 def _moved(order: list[int], move: fx.Node) -> list[int]:
     if str(move.target) == "aten.permute.default":
-        return [order[dim] for dim in move.args[1]]  # type: ignore[union-attr]
-    first, second = move.args[1], move.args[2]
+        return [order[dim] for dim in cast(list[int], move.args[1])]
+    first, second = cast(tuple[int, int], move.args[1:3])
     order = list(order)
-    order[first], order[second] = order[second], order[first]  # type: ignore[index]
+    order[first], order[second] = order[second], order[first]
     return order

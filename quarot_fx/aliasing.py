@@ -77,9 +77,7 @@ def _storage_key(tensor: torch.Tensor) -> int:
 
 def equal_sizes(some: Any, others: Any) -> bool:
     """Compare sizes or strides without adding a guard."""
-    return len(some) == len(others) and all(
-        statically_known_true(a == b) for a, b in zip(some, others, strict=True)
-    )
+    return len(some) == len(others) and all(statically_known_true(a == b) for a, b in zip(some, others, strict=True))
 
 
 def same_layout(a: torch.Tensor, strides: Sequence[Any]) -> bool:
@@ -108,10 +106,7 @@ def _mutates_operands(node: fx.Node) -> bool:
     """Whether a higher-order operator writes what it is given, itself or in one of its subgraphs."""
     bodies: list[Any] = [stored_tensor(source) for source in node.all_input_nodes if source.op == "get_attr"]
     return str(node.target).endswith("_mutation") or any(
-        written_nodes(inner)
-        for body in bodies
-        if isinstance(body, fx.GraphModule)
-        for inner in body.graph.nodes
+        written_nodes(inner) for body in bodies if isinstance(body, fx.GraphModule) for inner in body.graph.nodes
     )
 
 

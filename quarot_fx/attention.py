@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import fx
 
-from quarot_fx.graph import argument_nodes, Constants, is_tensor
+from quarot_fx.graph import Constants, argument_nodes, is_tensor
 
 aten = torch.ops.aten
 FUSED = "aten.scaled_dot_product_attention.default"
@@ -80,7 +80,7 @@ def _through(node: fx.Node, dim: int) -> int | None:
         return None
     shape, origin = node.meta["val"].shape, source.meta["val"].shape
     if target == "aten.transpose.int":
-        first, second = (d % len(shape) - len(shape) for d in node.args[1:3])  # type: ignore[operator]
+        first, second = (int(d) % len(shape) - len(shape) for d in node.args[1:3])  # type: ignore[arg-type]
         return {first: second, second: first}.get(dim, dim)
     keeps = ("aten.expand.default", "aten.unsqueeze.default", "aten.reshape.default", "aten.view.default",
              "aten.repeat_interleave.self_int", "aten.contiguous.default", "aten.clone.default")  # fmt: skip

@@ -25,7 +25,7 @@ def quarot(
     Args:
         gm: Dynamo's graph; it stays as it is.
         example_inputs: its arguments, parameters included.
-        mode: ``"default"``, ``"reduce-overhead"``, ``"max-autotune"`` or ``"max-autotune-no-cudagraphs"``, as for Inductor.
+        mode: ``"default"``, ``"reduce-overhead"``, ``"max-autotune"`` or ``"max-autotune-no-cudagraphs"``.
         options: fields of :class:`~quarot_fx.config.QuarotConfig`.
 
     Returns:

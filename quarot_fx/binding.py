@@ -60,7 +60,12 @@ class BoundGraph:
     """
 
     def __init__(
-        self, captured: Captured, passes: Sequence[Pass], store: WeightStore, frees_originals: bool, checks: bool
+        self,
+        captured: Captured,
+        passes: Sequence[Pass],
+        store: WeightStore,
+        frees_originals: bool,
+        checks: bool,
     ) -> None:
         self._captured, self._passes, self._store = captured, passes, store
         self._frees_originals, self._checks = frees_originals, checks

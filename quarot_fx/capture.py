@@ -139,6 +139,7 @@ def _store(module: fx.GraphModule, placeholder: fx.Node, name: str, tensor: torc
     with module.graph.inserting_before(placeholder):
         node = module.graph.get_attr(attribute)
     node.meta = {**placeholder.meta, PARAMETER: name}
+    node._dynamo_source = placeholder._dynamo_source  # type: ignore[attr-defined]
     placeholder.replace_all_uses_with(node)
     module.graph.erase_node(placeholder)
 

@@ -149,7 +149,7 @@ class QuarotConfig:
 
     @cached_property
     def _override_patterns(self) -> dict[str, dict[str, Any]]:
-        return {pattern: dict(changes) for pattern, changes in self.overrides}
+        return {pattern: dict(changes) for pattern, changes in tuple(self.overrides)}
 
     def override_for(self, parameter: str) -> str | None:
         """Return the pattern in ``overrides`` that decides for a parameter, or ``None``."""

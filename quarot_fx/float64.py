@@ -37,11 +37,11 @@ class Float64Interpreter(fx.Interpreter):
         result = super().call_function(target, map_aggregate(args, widen), map_aggregate(kwargs, widen))
         return map_aggregate(result, widen)
 
-    def get_attr(self, target: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def get_attr(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Read a stored tensor in float64."""
         return widen(super().get_attr(target, args, kwargs))
 
-    def placeholder(self, target: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def placeholder(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Read an input in float64, cloned so that the caller's tensors are never written to."""
         value = widen(super().placeholder(target, args, kwargs))
         return value.clone() if isinstance(value, torch.Tensor) else value

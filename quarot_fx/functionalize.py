@@ -160,9 +160,7 @@ class _Functionalizer:
     def _is_followed(self, view: fx.Node) -> bool:
         """Whether the content of a view can be derived again after its parent was written."""
         known = is_replayable(view) or is_alias(view) or bool(written_nodes(view))
-        return known or self._is_identity(
-            view
-        )  # such as type_as, whose schema does not say that it may alias
+        return known or self._is_identity(view)  # such as type_as, whose schema does not say that it may alias
 
     def _freeze(self) -> None:
         """Find the storages whose in-place operators have to stay."""
@@ -379,10 +377,7 @@ class _Functionalizer:
 
     def _mark_frozen(self) -> dict[str, str]:
         reasons = {
-            node: storage.frozen
-            for storage in self.storages.values()
-            for node in storage.nodes
-            if storage.frozen
+            node: storage.frozen for storage in self.storages.values() for node in storage.nodes if storage.frozen
         }
         frozen = {}
         for node in self.graph.nodes:

@@ -75,6 +75,7 @@ class Inserter:
     def constant(self, name: str, tensor: torch.Tensor, parameter: str | None = None) -> fx.Node:
         """Register a tensor as a buffer of the owning module and insert a ``get_attr`` for it."""
         owner = self.graph.owning_module
+        assert owner is not None, "the graph belongs to no module that could hold a constant"
         name = unused_name(owner, name)
         owner.register_buffer(name, tensor)
         node = self.graph.get_attr(name)
@@ -164,7 +165,12 @@ def stored_tensor(node: fx.Node) -> torch.Tensor:
 def argument_nodes(node: fx.Node) -> list[fx.Node]:
     """Return every node among a node's arguments in order, repeated when it is used twice."""
     found: list[fx.Node] = []
-    fx.map_arg((node.args, node.kwargs), lambda source: found.append(source) or source)
+
+    def collect(source: fx.Node) -> fx.Node:
+        found.append(source)
+        return source
+
+    fx.map_arg((node.args, node.kwargs), collect)
     return found
 
 

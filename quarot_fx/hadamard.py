@@ -184,9 +184,7 @@ def _odd_factors(n: int) -> tuple[Factor, ...] | None:
     """Return the cheapest factors that leave a power of two of n, or ``None`` if there are none."""
     if n & (n - 1) == 0:
         return ()
-    found = [
-        (factor, *rest) for factor in _candidates(n) if (rest := _odd_factors(n // factor.order)) is not None
-    ]
+    found = [(factor, *rest) for factor in _candidates(n) if (rest := _odd_factors(n // factor.order)) is not None]
     return min(found, key=_cost, default=None)
 
 

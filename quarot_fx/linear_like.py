@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import fx
 
-from quarot_fx.graph import argument_nodes, Constants, is_tensor, stored_tensor
+from quarot_fx.graph import Constants, argument_nodes, is_float, is_tensor
 
 aten = torch.ops.aten
 
@@ -85,9 +85,9 @@ def linear_likes(graph: fx.Graph) -> Iterator[LinearLike]:
             continue
         operands = argument_nodes(node)
         weight, x = operands[spelling.weight], operands[spelling.x]
-        if weight in constants and x not in constants and is_tensor(weight) and weight.meta["val"].ndim >= 2:
-            if any(stored_tensor(leaf).dtype.is_floating_point for leaf in _leaves(weight)):
-                yield LinearLike(node, spelling)
+        is_matrix = weight in constants and is_tensor(weight) and weight.meta["val"].ndim >= 2
+        if is_matrix and x not in constants and any(map(is_float, _leaves(weight))):
+            yield LinearLike(node, spelling)
 
 
 def _leaves(node: fx.Node) -> Iterator[fx.Node]:

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import fx
-from torch.fx.passes.fake_tensor_prop import FakeTensorProp
 from torch._subclasses import FakeTensorMode
+from torch.fx.passes.fake_tensor_prop import FakeTensorProp
 
 from quarot_fx.store import WeightStore, expression
 
@@ -60,7 +60,14 @@ class Program:
         """
         if isinstance(state, Program):
             module = copy_graph_module(state.graph_module)
-            return cls(module, state.store, state.plan, list(state.reports), set(state.consumed), state.original_bytes)
+            return cls(
+                module,
+                state.store,
+                state.plan,
+                list(state.reports),
+                set(state.consumed),
+                state.original_bytes,
+            )
         module = copy_graph_module(state)
         if any(node.op in ("placeholder", "call_function") and "val" not in node.meta for node in module.graph.nodes):
             with torch.no_grad():
@@ -83,7 +90,7 @@ def copy_graph_module(module: fx.GraphModule) -> fx.GraphModule:
         getattr(root, name).update(getattr(module, name))
     plain = {k: v for k, v in module.__dict__.items() if isinstance(v, torch.Tensor) or k == "meta"}
     root.__dict__.update(plain)
-    graph = fx.Graph(root)
+    graph = fx.Graph()
     mapping: dict[fx.Node, fx.Node] = {}
     graph.output(graph.graph_copy(module.graph, mapping))
     for old, new in mapping.items():

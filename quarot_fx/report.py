@@ -114,7 +114,9 @@ class Report:
             parts.append(_coverage_table(self.linears, self.caches))
         before, after = self.weight_bytes
         if before:
-            parts.append(f"weights: {before / 2**20:,.1f} MiB -> {after / 2**20:,.1f} MiB ({before / max(after, 1):.2f}x)")
+            parts.append(
+                f"weights: {before / 2**20:,.1f} MiB -> {after / 2**20:,.1f} MiB ({before / max(after, 1):.2f}x)"
+            )
         return Group(*parts)
 
     def __str__(self) -> str:

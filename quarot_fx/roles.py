@@ -9,7 +9,13 @@ from quarot_fx.graph import Constants, is_tensor
 from quarot_fx.linear_like import LinearLike
 
 aten = torch.ops.aten
-CHOOSING = {"aten.topk.default", "aten.sort.default", "aten.argmax.default", "aten.argsort.default", "aten.max.dim"}
+CHOOSING = {
+    "aten.topk.default",
+    "aten.sort.default",
+    "aten.argmax.default",
+    "aten.argsort.default",
+    "aten.max.dim",
+}
 REACH = 12  # operators between a router's scores and the choice, at most
 
 
@@ -40,7 +46,10 @@ class Roles:
             for user in pending.pop().users:
                 if user.op == "output" or user in seen:
                     continue
-                if len(self._others(user)) != 1 or str(user.target) in ("aten.linear.default", "aten.embedding.default"):
+                if len(self._others(user)) != 1 or str(user.target) in (
+                    "aten.linear.default",
+                    "aten.embedding.default",
+                ):
                     return False
                 seen.add(user)
                 pending.append(user)

@@ -9,11 +9,10 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import fx
-from torch.fx.node import map_aggregate
-
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from quarot_fx.errors import OriginalsFreedError
@@ -82,7 +81,11 @@ def free(tensor: torch.Tensor, name: str) -> None:
 
 
 def keep_live(tensor: torch.Tensor) -> None:
-    """Never free a tensor that a compiled graph reads as it is; raises :class:`OriginalsFreedError` if it was already."""
+    """Never free a tensor that a compiled graph reads as it is.
+
+    Raises:
+        OriginalsFreedError: it was freed already.
+    """
     check_not_freed(tensor, "a graph reads it as it is")
     _LIVE[tensor] = True
 
@@ -106,14 +109,14 @@ def expression(node: fx.Node) -> Expression:
     leaves: dict[int, torch.Tensor] = {}
     made: dict[fx.Node, Hashable] = {}
 
-    def visit(current: fx.Node) -> Hashable:
+    def visit(current: fx.Node) -> Any:
         if current not in made:
             if current.op == "get_attr":
                 leaf = stored_tensor(current)
                 leaves[id(leaf)] = leaf
                 made[current] = ("parameter", list(leaves).index(id(leaf)))
             else:
-                arguments = map_aggregate((current.args, current.kwargs), lambda a: visit(a) if isinstance(a, fx.Node) else a)
+                arguments = fx.map_arg((current.args, current.kwargs), visit)
                 made[current] = (str(current.target), str(arguments))
         return made[current]
 

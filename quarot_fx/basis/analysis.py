@@ -167,7 +167,9 @@ class Analysis:
         self._ties = kept
 
     def _factors_of(self, tie: Tie) -> tuple[list[int], list[int]]:
-        return tuple([f for axis in side for f in axis.tensor.factors[axis.dim] or ()] for side in (tie.left, tie.right))  # type: ignore[return-value]
+        return tuple(
+            [f for axis in side for f in axis.tensor.factors[axis.dim] or ()] for side in (tie.left, tie.right)
+        )  # type: ignore[return-value]
 
 
 def _is_getitem(node: fx.Node) -> bool:

@@ -1,7 +1,7 @@
 """The cheapest legal assignment of bases is a minimum s-t cut.
 
-Nodes are positions. The source side is canonical, the sink side rotated. Operators that need a common basis merge their
-positions; pins hang on the source, wants on the sink; the edge between a tensor and its uses costs what an online
+Nodes are positions. The source side is canonical, the sink side rotated. Operators that need a common basis merge
+their positions; pins hang on the source, wants on the sink; the edge between a tensor and its uses costs what an online
 transform of that tensor costs, once however many uses share it, and nothing if the tensor is a constant. Factors of axes
 are independent of each other, so each is a problem of its own.
 """
@@ -87,7 +87,14 @@ def cheapest_bases(analysis: Analysis, wants: Iterable[Want]) -> list[FactorCut]
     pins = analysis.pins_by_factor(wanted)
     edges = analysis.edges_by_factor(wanted)
     return [
-        _solve(factor, analysis.factors.size(factor), ties[factor], pins[factor], edges[factor], by_factor[factor])
+        _solve(
+            factor,
+            analysis.factors.size(factor),
+            ties[factor],
+            pins[factor],
+            edges[factor],
+            by_factor[factor],
+        )
         for factor in by_factor
     ]
 
@@ -108,7 +115,7 @@ def _solve(
     import networkx as nx  # here, so that importing quarot_fx stays light
 
     merged = _Merged(ties)
-    network = nx.DiGraph()
+    network: Any = nx.DiGraph()
     network.add_nodes_from((CANONICAL, ROTATED))
     reasons: dict[Hashable, str] = {}
     for position, why in pins:
@@ -130,14 +137,14 @@ def _solve(
 
     cut = FactorCut(factor, size)
     is_rotated = lambda position: merged.root(position) not in canonical  # noqa: E731
-    why = _Reasons(network, canonical, reasons)
+    because = _Reasons(network, canonical, reasons)
     for result, uses in edges:
         cut.rotated.update(position for position in (result, *uses) if is_rotated(position))
         differing = [use for use in uses if is_rotated(use) != is_rotated(result)]
         if differing:
             blame = differing[0] if is_rotated(result) else result
-            cut.crossings.append(Crossing(result, differing, is_rotated(result), why(merged.root(blame))))
-    cut.unmet = {w.position: why(merged.root(w.position)) for w in wants if not is_rotated(w.position)}
+            cut.crossings.append(Crossing(result, differing, is_rotated(result), because(merged.root(blame))))
+    cut.unmet = {w.position: because(merged.root(w.position)) for w in wants if not is_rotated(w.position)}
     return cut
 
 

@@ -40,9 +40,7 @@ def evaluate(
     content = read_text(text)
     network, tokenizer = load_model(model, device)
     if tokenizer is None:
-        raise NotFoundError(
-            kind="tokenizer", name=model, remedy="Perplexity needs the model's tokenizer files."
-        )
+        raise NotFoundError(kind="tokenizer", name=model, remedy="Perplexity needs the model's tokenizer files.")
     token_ids = split_windows(content, tokenizer, window_length, windows).to(device)
 
     results: list[dict[str, Any]] = []

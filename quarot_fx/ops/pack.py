@@ -52,7 +52,5 @@ def _inputs(generator: torch.Generator) -> Iterator[tuple[Any, ...]]:
 
 
 pack = declare(
-    OpDeclaration(
-        schema="pack(Tensor codes, int bits) -> Tensor", reference=_reference, fake=_fake, inputs=_inputs
-    )
+    OpDeclaration(schema="pack(Tensor codes, int bits) -> Tensor", reference=_reference, fake=_fake, inputs=_inputs)
 )

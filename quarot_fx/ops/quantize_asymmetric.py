@@ -12,9 +12,7 @@ from quarot_fx.ops.affine import asymmetric_scale, code_range, encode, group_cou
 from quarot_fx.ops.declaration import OpDeclaration, declare
 
 
-def _reference(
-    x: Tensor, bits: int, group: int | None = None, clip: float = 1.0
-) -> tuple[Tensor, Tensor, Tensor]:
+def _reference(x: Tensor, bits: int, group: int | None = None, clip: float = 1.0) -> tuple[Tensor, Tensor, Tensor]:
     """Return codes uint8 [..., n], scale and zero [..., n / group], for ``clip`` of the range of x."""
     scale, zero = asymmetric_scale(x, bits, group, clip)
     return encode(x, scale, zero, bits).contiguous(), scale.contiguous(), zero.contiguous()

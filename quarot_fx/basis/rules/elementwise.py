@@ -37,14 +37,19 @@ def addition(op: Operator) -> None:
 
 
 @rule(
-    aten.mul.Tensor, aten.mul.Scalar, aten.multiply.Tensor, aten.div.Tensor, aten.div.Scalar, aten.true_divide.Tensor
+    aten.mul.Tensor,
+    aten.mul.Scalar,
+    aten.multiply.Tensor,
+    aten.div.Tensor,
+    aten.div.Scalar,
+    aten.true_divide.Tensor,
 )
 def scaling(op: Operator) -> None:
-    """``Q (c x) = c Q x`` for a number, or a factor repeated along the axis; ``Q (x * y)`` needs the canonical basis."""
+    """``Q (c x) = c Q x`` for a number, or a factor repeated along the axis; ``x * y`` needs the canonical basis."""
     operands = [list(broadcast(use, op.result)) for use in op.uses]
     is_division = op.node.target in (aten.div.Tensor, aten.true_divide.Tensor)
     for dim, result in enumerate(op.result.axes()):
-        present = [operand[dim][0] for operand in operands if operand[dim][0] is not None]
+        present = [axis for operand in operands if (axis := operand[dim][0]) is not None]
         if len(present) == 1 and not (is_division and len(op.uses) == 2 and operands[1][dim][0] is not None):
             op.tie(present[0], result)
         elif present:
