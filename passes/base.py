@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 from torch import fx
 
 from quarot_fx.config import QuarotConfig
-from quarot_fx.program import Program
+from quarot_fx.program import Program, drop_unused_tensors
 from quarot_fx.report import PassReport
 
 
@@ -58,7 +58,7 @@ class Pass(ABC):
         self.run(program, report)
         program.graph.eliminate_dead_code()
         program.graph.lint()
-        program.graph_module.delete_all_unused_submodules()
+        drop_unused_tensors(program.graph_module)
         program.graph_module.recompile()
         report.seconds = time.perf_counter() - start
         report.nodes_after = len(program.graph.nodes)

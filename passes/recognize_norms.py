@@ -109,7 +109,7 @@ def _write_out(graph: fx.Graph, node: fx.Node, author: str, report: PassReport, 
     dtype = value(source).dtype
     wide = dtype if dtype == torch.float64 else torch.float32
     if eps is None:
-        eps = 1e-5 if centred else torch.finfo(dtype).eps
+        eps = 1e-5 if centred else torch.finfo(wide).eps
     insert = Inserter(graph, author, node)
     with graph.inserting_before(node):
         x = source if dtype == wide else insert.call(aten.to.dtype, source, wide)

@@ -18,7 +18,6 @@ from quarot_fx.errors import CaptureError
 from quarot_fx.lowering.lift import Lifted, lift
 from quarot_fx.passes.base import Pass
 from quarot_fx.passes.pipeline import run_pipeline
-from quarot_fx.program import Program
 from quarot_fx.store import WeightStore, check_not_updated_after_freeing, free, keep_live, stamp
 
 Compile = Callable[[Lifted], Callable[..., Any]]
@@ -70,7 +69,6 @@ class BoundGraph:
         self._captured, self._passes, self._store = captured, passes, store
         self._frees_originals, self._checks = frees_originals, checks
         self._bindings: list[Binding] = []
-        self.program: Program | None = None
 
     def compile(self, arguments: Sequence[Any], compile_lifted: Compile) -> None:
         """Rewrite the graph with the first set of weights and compile it."""
@@ -98,13 +96,13 @@ class BoundGraph:
             )
 
     def _bind(self, arguments: Sequence[Any]) -> Lifted:
-        program = self._captured.bind(arguments, self._store)
-        self.program = run_pipeline(program, self._passes, self._inputs(arguments) if self._checks else None)
-        lifted = lift(self.program.graph_module)
+        bound = self._captured.bind(arguments, self._store)
+        program = run_pipeline(bound, self._passes, self._inputs(arguments) if self._checks else None)
+        lifted = lift(program.graph_module)
         consumed = {
             place: arguments[place]
             for place in self._captured.parameters
-            if id(arguments[place]) in self.program.consumed
+            if id(arguments[place]) in program.consumed
         }
         for place in self._captured.parameters:
             if place in lifted.places:

@@ -93,7 +93,8 @@ class Inserter:
 
 def unused_name(module: torch.nn.Module, name: str) -> str:
     """Return ``name`` as an attribute name that ``module`` does not have yet."""
-    name = "".join(letter if letter.isalnum() else "_" for letter in name)
+    name = re.sub(r"\W", "_", name)
+    name = name if name.isidentifier() else f"_{name}"  # "0.weight" in a Sequential
     candidate, count = name, 0
     while hasattr(module, candidate):
         count += 1

@@ -103,6 +103,8 @@ def _arguments(model: Callable[..., Any], inputs: Inputs) -> tuple[tuple[Any, ..
     if isinstance(inputs, Mapping):
         return (), dict(inputs)
     args = (inputs,) if isinstance(inputs, torch.Tensor) else tuple(inputs)
+    if isinstance(model, fx.GraphModule):  # an exported one insists on how it was called
+        return args, {}
     forward = model.forward if isinstance(model, torch.nn.Module) else model
     parameters = list(inspect.signature(forward).parameters.values())[: len(args)]
     if len(parameters) == len(args) and all(p.kind is p.POSITIONAL_OR_KEYWORD for p in parameters):

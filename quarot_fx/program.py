@@ -83,6 +83,15 @@ class Program:
         return self.store.get(made, purpose, compute)
 
 
+def drop_unused_tensors(module: fx.GraphModule) -> None:
+    """Let go of stored tensors that no node reads, so that their memory can be freed."""
+    module.delete_all_unused_submodules()
+    read = {str(node.target).partition(".")[0] for node in module.graph.find_nodes(op="get_attr")}
+    for tensors in (module._parameters, module._buffers):
+        for name in set(tensors) - read:
+            delattr(module, name)
+
+
 def copy_graph_module(module: fx.GraphModule) -> fx.GraphModule:
     """Copy a graph and its module's attributes by reference: weights are shared, nodes are not."""
     root = torch.nn.Module()

@@ -34,6 +34,8 @@ def _root(placeholder: fx.Node, scope: dict[str, Any]) -> Any:
 
 
 def _check(module: Any, path: list[str]) -> None:
+    if isinstance(module, fx.GraphModule):
+        return  # traced already, in whatever mode that was: the flag means nothing
     for depth, name in enumerate(["", *path]):
         module = getattr(module, name, None) if name else module
         if not isinstance(module, torch.nn.Module):

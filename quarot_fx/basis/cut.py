@@ -1,9 +1,9 @@
 """The cheapest legal assignment of bases is a minimum s-t cut.
 
 Nodes are positions. The source side is canonical, the sink side rotated. Operators that need a common basis merge
-their positions; pins hang on the source, wants on the sink; the edge between a tensor and its uses costs what an online
-transform of that tensor costs, once however many uses share it, and nothing if the tensor is a constant. Factors of axes
-are independent of each other, so each is a problem of its own.
+their positions; pins hang on the source, wants on the sink; the edge between a tensor and its uses costs what an
+online transform of that tensor costs, once however many uses share it, and nothing if the tensor is a constant.
+Factors of axes are independent of each other, so each is a problem of its own.
 """
 
 from __future__ import annotations

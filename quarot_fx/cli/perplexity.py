@@ -85,7 +85,9 @@ def measure(model: Any, windows: torch.Tensor, label: str) -> Measurement:
     """Return the perplexity of ``windows`` [windows, length] under a model, with a progress bar on stderr."""
     columns = (SpinnerColumn(), "{task.description}", BarColumn(), MofNCompleteColumn())
     losses, clock = [], [time.perf_counter()]
-    with Progress(*columns, TimeElapsedColumn(), console=Console(stderr=True), transient=True) as progress:
+    console = Console(stderr=True)
+    bar = Progress(*columns, TimeElapsedColumn(), console=console, transient=True, disable=not console.is_terminal)
+    with bar as progress:
         for window in progress.track(windows, description=label):
             losses.append(window_loss(model, window))
             clock.append(time.perf_counter())

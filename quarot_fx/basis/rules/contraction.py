@@ -38,15 +38,17 @@ def _product(op: Operator, left: Tensor, right: Tensor) -> None:
 def linear(op: Operator) -> None:
     """``y = x W^T + b``."""
     x, weight, bias = op["input"], op["weight"], op["bias"]
+    if weight.ndim == 1:
+        return op.barrier("has a vector for a weight")
     op.tie(x.axis(-1), weight.axis(-1))
     *batch, out = op.result.axes()
     for axis, result in zip(x.axes(), batch, strict=False):
         op.tie(axis, result)
-    if weight.ndim > 1:
-        op.tie(weight.axis(0), out)
+    op.tie(weight.axis(0), out)
     if bias is not None:
         op.tie(bias.axis(-1), out)
         op.pin(batch, "adds the same bias all along this axis")
+    return None
 
 
 @rule(aten.matmul.default, aten.mm.default, aten.bmm.default, aten.mv.default)

@@ -31,11 +31,16 @@ def part(op: Operator) -> None:
     source = op.uses[0]
     for result in op.results:
         for axis, origin in zip(result.axes(), source.axes(), strict=True):
-            moves = op.node.target in (aten.flip.default, aten.roll.default)
+            moves = op.node.target in (aten.flip.default, aten.roll.default) or _shifts_or_fills(op)
             if axis.size == origin.size and not moves:
                 op.tie(origin, axis)
             else:
                 op.pin([axis, origin], WHY)
+
+
+def _shifts_or_fills(op: Operator) -> bool:
+    """Whether a pad puts anything but zeros, or takes away at one end, so that an equal size is not the same axis."""
+    return bool(op["value"]) or any(not isinstance(width, int) or width < 0 for width in op["pad"] or ())
 
 
 @rule(aten.select.int, aten.unbind.int)

@@ -75,9 +75,12 @@ def repetition(op: Operator) -> None:
     """Repeats whole axes; the repeated axis itself is canonical."""
     source = op.uses[0]
     missing = op.result.ndim - source.ndim
+    if missing < 0:
+        return op.barrier("flattens and repeats")
     for axis in op.result.axes():
         origin = source.axis(axis.dim - missing) if axis.dim >= missing else None
         if origin is not None and origin.size == axis.size:
             op.tie(origin, axis)
         else:
             op.pin([axis] if origin is None else [axis, origin], "repeats along this axis")
+    return None
