@@ -6,10 +6,10 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from quarot_fx.lowering.lift import Lifted
 from torch._dynamo.exc import RestartAnalysis
 
 from quarot_fx.errors import NestedBackendError, UnknownOptionError
+from quarot_fx.lowering.lift import Lifted
 
 MODES: dict[str, dict[str, Any]] = {
     "default": {},

@@ -6,13 +6,13 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
-from quarot_fx.passes.base import Pass
-from quarot_fx.passes.fold_gains import gain_of
-from quarot_fx.passes.readers import Blocked, Readers
 from torch import fx
 
 from quarot_fx.graph import Inserter, argument_nodes, is_tensor, module_path
 from quarot_fx.linear_like import LinearLike
+from quarot_fx.passes.base import Pass
+from quarot_fx.passes.fold_gains import gain_of
+from quarot_fx.passes.readers import Blocked, Readers
 from quarot_fx.program import Program
 from quarot_fx.report import PassReport
 

@@ -6,12 +6,12 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
-from quarot_fx.passes.base import Pass
-from quarot_fx.passes.readers import Readers, keeps_last_axis
 from torch import fx
 
 from quarot_fx.graph import Inserter, argument_nodes, is_tensor, module_path, replace_arguments
 from quarot_fx.linear_like import LinearLike
+from quarot_fx.passes.base import Pass
+from quarot_fx.passes.readers import Readers, keeps_last_axis
 from quarot_fx.program import Program
 from quarot_fx.report import PassReport
 

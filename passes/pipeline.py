@@ -7,6 +7,9 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
+from quarot_fx.config import QuarotConfig
+from quarot_fx.errors import CheckError, PipelineError, UnknownOptionError
+from quarot_fx.float64 import relative_difference, run_in_float64
 from quarot_fx.passes.base import Pass, pass_name
 from quarot_fx.passes.fold_biases import FoldBiases
 from quarot_fx.passes.fold_constants import FoldConstants
@@ -15,14 +18,11 @@ from quarot_fx.passes.fold_means import FoldMeans
 from quarot_fx.passes.place_rotations import PlaceRotations
 from quarot_fx.passes.quantize_activations import QuantizeActivations
 from quarot_fx.passes.quantize_caches import QuantizeCaches
+from quarot_fx.passes.quantize_embeddings import QuantizeEmbeddings
 from quarot_fx.passes.quantize_weights import QuantizeWeights
 from quarot_fx.passes.recognize_norms import RecognizeNorms
 from quarot_fx.passes.rotate import Rotate
 from quarot_fx.passes.split_packed_linears import SplitPackedLinears
-
-from quarot_fx.config import QuarotConfig
-from quarot_fx.errors import CheckError, PipelineError, UnknownOptionError
-from quarot_fx.float64 import relative_difference, run_in_float64
 from quarot_fx.program import Program
 
 DEFAULT_ORDER: tuple[type[Pass], ...] = (
@@ -34,6 +34,7 @@ DEFAULT_ORDER: tuple[type[Pass], ...] = (
     PlaceRotations,
     Rotate,
     QuantizeWeights,
+    QuantizeEmbeddings,
     QuantizeActivations,
     QuantizeCaches,
     FoldConstants,

@@ -7,7 +7,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
-from quarot_fx.passes.base import Pass
 from torch import fx
 
 from quarot_fx.attention import reads_of_keys_and_values
@@ -18,6 +17,7 @@ from quarot_fx.basis.plan import RotationPlan, Site, Transform
 from quarot_fx.config import UNQUANTIZED_BITS, QuarotConfig
 from quarot_fx.graph import module_path
 from quarot_fx.linear_like import linear_likes
+from quarot_fx.passes.base import Pass
 from quarot_fx.program import Program
 from quarot_fx.report import PassReport
 from quarot_fx.roles import Roles
@@ -57,7 +57,12 @@ class PlaceRotations(Pass):
             for _, position in analysis.positions(candidate.axis)
         ]
         cuts = cheapest_bases(analysis, wants)
-        transforms = [t for cut in cuts for t in _transforms(cut, analysis, self.config)]
+        heads = {factor for c in candidates if c.kind != "linear" for factor, _ in analysis.positions(c.axis)}
+        transforms = [
+            transform
+            for cut in cuts
+            for transform in _transforms(cut, analysis, _rotation(cut, cut.factor in heads, self.config))
+        ]
         sites = tuple(_site(candidate, analysis, cuts) for candidate in candidates)
         for candidate, site in zip(candidates, sites, strict=True):
             report.matched += site.rotated != "no"
@@ -95,16 +100,19 @@ def _candidates(graph: fx.Graph, analysis: Analysis, config: QuarotConfig) -> It
             yield Candidate(read.kind, read.user, module_path(read.user), use.axis(read.dim), REQUIRED)
 
 
-def _rotation(cut: FactorCut, config: QuarotConfig) -> Rotation:
-    """Random where weights alone pay for it; online a plain Hadamard, which needs no signs."""
-    if cut.is_online:
+def _rotation(cut: FactorCut, is_head_dim: bool, config: QuarotConfig) -> Rotation:
+    """Random where weights alone pay for it; online a plain Hadamard, which needs no signs.
+
+    Keys and values get a plain one always: whether it is online depends on the cache, and a model's graphs with and
+    without one must agree on its weights.
+    """
+    if cut.is_online or is_head_dim:
         return Rotation("hadamard", cut.size)
     kind = "random" if config.rotation == "random" else "random-hadamard"
     return Rotation(kind, cut.size, config.seed)
 
 
-def _transforms(cut: FactorCut, analysis: Analysis, config: QuarotConfig) -> Iterator[Transform]:
-    rotation = str(_rotation(cut, config))
+def _transforms(cut: FactorCut, analysis: Analysis, rotation: Rotation) -> Iterator[Transform]:
     for crossing in cut.crossings:
         tensor, dim, _ = crossing.position
         uses = [use.tensor for use in crossing.uses]
@@ -112,7 +120,7 @@ def _transforms(cut: FactorCut, analysis: Analysis, config: QuarotConfig) -> Ite
             node=tensor.node.name,
             dim=dim,
             inner=_inner(analysis, crossing.position),
-            rotation=rotation,
+            rotation=str(rotation),
             inverse=crossing.inverse,
             uses=tuple((_user(use).name, use.index) for use in uses),
             online=not tensor.constant,

@@ -5,14 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from quarot_fx.passes.base import Pass
-from quarot_fx.passes.quantized import insert_quantized
 from torch import fx
 
 from quarot_fx.config import UNQUANTIZED_BITS, QuantScheme
 from quarot_fx.errors import GroupSizeError
 from quarot_fx.graph import Inserter, after, replace_arguments
 from quarot_fx.linear_like import linear_likes
+from quarot_fx.passes.base import Pass
+from quarot_fx.passes.quantized import insert_quantized
 from quarot_fx.program import Program
 from quarot_fx.report import PassReport
 from quarot_fx.roles import Roles

@@ -5,14 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from quarot_fx.passes.base import Pass
-from quarot_fx.passes.quantized import insert_quantized
 from torch import fx
 
 from quarot_fx.attention import before_repetition, reads_of_keys_and_values
 from quarot_fx.config import UNQUANTIZED_BITS, QuantScheme
 from quarot_fx.errors import GroupSizeError
 from quarot_fx.graph import Constants, Inserter, after, argument_nodes, module_path, replace_arguments
+from quarot_fx.passes.base import Pass
+from quarot_fx.passes.quantized import insert_quantized
 from quarot_fx.program import Program
 from quarot_fx.report import PassReport
 

@@ -6,15 +6,13 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
-from quarot_fx.passes.base import Pass
-from torch import Tensor, fx
+from torch import fx
 
-from quarot_fx.clip_search import quantize_weight
 from quarot_fx.config import UNQUANTIZED_BITS, QuantScheme
-from quarot_fx.errors import GroupSizeError
-from quarot_fx.float64 import evaluate
 from quarot_fx.graph import Inserter, replace_arguments
 from quarot_fx.linear_like import LinearLike, linear_likes
+from quarot_fx.passes.base import Pass
+from quarot_fx.passes.quantized import insert_packed
 from quarot_fx.program import Program
 from quarot_fx.report import PassReport
 from quarot_fx.roles import Roles
@@ -46,41 +44,16 @@ class QuantizeWeights(Pass):
                 report.weights += 1
 
     def _quantize(self, program: Program, linear: LinearLike, scheme: QuantScheme) -> None:
-        weight, node = linear.weight, linear.node
-        size = weight.meta["val"].shape[linear.spelling.contracted]
-        if scheme.group is not None and size % scheme.group:
-            raise GroupSizeError(option="w_group", group=scheme.group, size=size, where=linear.parameter)
-        is_transposed = linear.spelling.contracted != -1
-        parts: dict[str, Tensor | None] = {}
-
-        def part(name: str) -> Tensor:
-            if not parts:
-                rows = evaluate(weight)
-                parts.update(_packed(rows.mT if is_transposed else rows, scheme))
-            found = parts[name]
-            assert found is not None
-            return found
-
-        def stored(name: str) -> fx.Node:
-            purpose = f"{name} of {scheme} transposed={is_transposed}"
-            tensor = program.constant(weight, purpose, lambda: part(name))
-            return insert.constant(f"{linear.parameter}.{name}", tensor, linear.parameter)
-
+        weight, node, dim = linear.weight, linear.node, linear.spelling.contracted
         insert = Inserter(node.graph, self.name, node)
         with node.graph.inserting_before(node):
-            codes = insert.call(quarot.unpack.default, stored("codes"), scheme.bits, size, scheme.symmetric)
-            scale = stored("scale")
-            zero = None if scheme.symmetric else stored("zero")
+            packed, scale, zero = insert_packed(insert, program, weight, scheme, linear.parameter, dim)
+            size = weight.meta["val"].shape[dim]
+            codes = insert.call(quarot.unpack.default, packed, scheme.bits, size, scheme.symmetric)
             dense = insert.call(quarot.dequantize.default, codes, scale, zero, weight.meta["val"].dtype)
-            if is_transposed:
-                dense = insert.call(aten.transpose.int, dense, -2, -1)
+            if dim != -1:
+                dense = insert.call(aten.transpose.int, dense, dim, -1)
         replace_arguments(node, {linear.spelling.weight: dense})
-
-
-def _packed(rows: Tensor, scheme: QuantScheme) -> dict[str, Tensor | None]:
-    """Quantise a weight ``[..., out, in]`` and pack its codes."""
-    codes, scale, zero = quantize_weight(rows.float(), scheme)
-    return {"codes": quarot.pack(codes, scheme.bits), "scale": scale.float(), "zero": zero}
 
 
 def _is_quantized(weight: fx.Node) -> bool:

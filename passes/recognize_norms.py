@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from quarot_fx.passes.base import Pass
 from torch import fx
 
 from quarot_fx.graph import Inserter, is_float, module_path, value
+from quarot_fx.passes.base import Pass
 from quarot_fx.program import Program
 from quarot_fx.report import PassReport
 

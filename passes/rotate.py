@@ -7,12 +7,12 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
-from quarot_fx.passes.base import Pass
 from torch import fx
 
 from quarot_fx.basis.plan import Transform
 from quarot_fx.errors import PipelineError
 from quarot_fx.graph import Inserter, after, replace_arguments
+from quarot_fx.passes.base import Pass
 from quarot_fx.program import Program
 from quarot_fx.report import PassReport
 

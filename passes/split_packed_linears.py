@@ -8,12 +8,12 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
-from quarot_fx.passes.base import Pass
-from quarot_fx.passes.readers import keeps_last_axis
 from torch import Tensor, fx
 
 from quarot_fx.graph import Inserter, argument_nodes, module_path
 from quarot_fx.linear_like import LinearLike, linear_likes
+from quarot_fx.passes.base import Pass
+from quarot_fx.passes.readers import keeps_last_axis
 from quarot_fx.program import Program
 from quarot_fx.report import PassReport
 

@@ -100,9 +100,7 @@ class BoundGraph:
         program = run_pipeline(bound, self._passes, self._inputs(arguments) if self._checks else None)
         lifted = lift(program.graph_module)
         consumed = {
-            place: arguments[place]
-            for place in self._captured.parameters
-            if id(arguments[place]) in program.consumed
+            place: arguments[place] for place in self._captured.parameters if id(arguments[place]) in program.consumed
         }
         for place in self._captured.parameters:
             if place in lifted.places:

@@ -120,7 +120,7 @@ def _trace(gm: fx.GraphModule, values: list[Any]) -> fx.GraphModule:
 
 
 def _write_out_default_eps(graph: fx.Graph) -> None:
-    """Make ``rms_norm``'s default eps a number: it depends on the dtype, which is not the same in a check in float64."""
+    """Make ``rms_norm``'s default eps a number: it depends on the dtype, which a check in float64 changes."""
     for node in graph.find_nodes(op="call_function", target=torch.ops.aten.rms_norm.default):
         if (node.args[3] if len(node.args) > 3 else node.kwargs.get("eps")) is None:
             wide = torch.promote_types(node.meta["val"].dtype, torch.float32)

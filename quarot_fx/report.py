@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -107,7 +108,7 @@ class Report:
     def __rich__(self) -> RenderableType:
         from rich.console import Group
 
-        parts = [_passes_table(self.passes)]
+        parts: list[RenderableType] = [_passes_table(self.passes), *_declines(self.passes)]
         if self.plan:
             parts.append(self.plan.__rich__())
         if self.linears or self.caches:
@@ -135,9 +136,7 @@ def _passes_table(reports: list[PassReport]) -> Any:
     table.add_column("pass")
     for column in ("matched", "declined", "nodes", "weights", "seconds", "difference"):
         table.add_column(column, justify="right")
-    table.add_column("declined because", overflow="fold")
     for report in reports:
-        reasons = Counter(decline.reason for decline in report.declined)
         difference = "" if report.difference is None else f"{report.difference:.1e}"
         table.add_row(
             report.name,
@@ -147,9 +146,14 @@ def _passes_table(reports: list[PassReport]) -> Any:
             str(report.weights),
             f"{report.seconds:.2f}",
             difference,
-            "; ".join(f"{count} x {reason}" if count > 1 else reason for reason, count in reasons.items()),
         )
     return table
+
+
+def _declines(reports: list[PassReport]) -> list[str]:
+    """Say what was left alone and why, a line for each reason of each pass."""
+    reasons = Counter((r.name, _without_index(d.reason)) for r in reports for d in r.declined)
+    return [f"{name} declined {count} x: {reason}" for (name, reason), count in reasons.items()]
 
 
 def _coverage_table(linears: list[LinearRecord], caches: list[CacheRecord]) -> Any:
@@ -168,7 +172,5 @@ def _coverage_table(linears: list[LinearRecord], caches: list[CacheRecord]) -> A
 
 
 def _without_index(text: str) -> str:
-    """Name what is the same in every layer: ``layers.3.mlp.up.weight`` -> ``layers.*.mlp.up.weight``."""
-    import re
-
-    return re.sub(r"(?<=[._])\d+\b", "*", text)
+    """Name what is the same in every layer: ``layers.3.up.weight`` -> ``layers.*.up.weight``, ``mul_17`` -> ``mul``."""
+    return re.sub(r"(?<=\w)_\d+\b", "", re.sub(r"(?<=\.)\d+\b", "*", text))

@@ -134,7 +134,7 @@ def test_an_exported_program_can_be_rewritten(model):
 
 
 def test_explain_reports_everything(model):
-    report = quarot_fx.explain(model, IDS, check=True)
+    report = quarot_fx.explain(model, IDS)
     assert [p.name for p in report.passes][-1] == "fold-constants"
     assert all(p.difference is not None for p in report.passes)
     assert max(p.difference for p in report.passes if p.name == "rotate") < 1e-9
@@ -161,10 +161,24 @@ def test_overrides_by_name(model):
     assert linears["up.weight"] == (4, 4)
 
 
+def test_an_embedding_is_quantised_when_asked_for(model):
+    expected = model(IDS)
+    gm = quarot_fx.rewrite(model, IDS, overrides={"table": {"w_bits": 8}}, w_bits=16, a_bits=16, kv_bits=16)
+    FileCheck().check("table_weight_codes").check("embedding").check("unpack").run(gm.code)
+    assert 0 < (gm(IDS)[0] - expected).norm() < 0.02 * expected.norm()
+
+
 @pytest.mark.parametrize("bits", range(2, 9))
 @pytest.mark.parametrize("symmetric", [True, False])
 def test_every_width_and_symmetry(model, bits, symmetric):
-    options = {"w_sym": symmetric, "a_sym": symmetric, "kv_sym": symmetric, "w_clip": 1.0, "a_clip": 1.0, "kv_clip": 1.0}
+    options = {
+        "w_sym": symmetric,
+        "a_sym": symmetric,
+        "kv_sym": symmetric,
+        "w_clip": 1.0,
+        "a_clip": 1.0,
+        "kv_clip": 1.0,
+    }
     gm = quarot_fx.rewrite(model, IDS, w_bits=bits, a_bits=bits, kv_bits=bits, **options)
     expected = model(IDS)
     error = (gm(IDS)[0] - expected).norm() / expected.norm()
@@ -182,7 +196,12 @@ def test_groups(model):
 
 
 def test_one_compiled_model_serves_many_shapes(model):
-    function = torch.compile(model, backend="quarot", options={"w_bits": 16, "a_bits": 16, "kv_bits": 16, "nested_backend": "eager"}, dynamic=True)
+    function = torch.compile(
+        model,
+        backend="quarot",
+        options={"w_bits": 16, "a_bits": 16, "kv_bits": 16, "nested_backend": "eager"},
+        dynamic=True,
+    )
     for length in (12, 7, 9):
         ids = IDS[:, :length]
         torch.testing.assert_close(function(ids), model(ids), rtol=1e-4, atol=1e-5)

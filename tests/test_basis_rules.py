@@ -19,7 +19,6 @@ from torch.fx.node import map_aggregate
 from quarot_fx.basis.analysis import Analysis, Position
 from quarot_fx.basis.rules import rules
 
-
 # What is a barrier whatever its arguments are.
 BARRIERS = {
     *(name for name, rule in rules().items() if rule.__name__ in ("non_linear", "choice")),
@@ -83,12 +82,7 @@ def rotated(value: Tensor, position: Position, matrix: Tensor, analysis: Analysi
     assert sizes[position.factor] == len(matrix), "positions of one group have one size"
     moved = value.movedim(position.dim, -1)
     parts = moved.reshape(*moved.shape[:-1], -1, len(matrix), inner)
-    return (
-        torch.einsum("...ofi,fg->...ogi", parts, matrix)
-        .reshape(moved.shape)
-        .movedim(-1, position.dim)
-        .contiguous()
-    )
+    return torch.einsum("...ofi,fg->...ogi", parts, matrix).reshape(moved.shape).movedim(-1, position.dim).contiguous()
 
 
 def check(target: Any, args: tuple[Any, ...], kwargs: dict[str, Any], generator: torch.Generator) -> int:

@@ -6,7 +6,7 @@ import weakref
 import pytest
 import torch
 from torch import nn
-from torch.nn import functional as F  # noqa: N812
+from torch.nn import functional as F
 
 from quarot_fx.errors import OriginalsFreedError
 from quarot_fx.store import SHARED

@@ -69,18 +69,20 @@ def test_training_mode_names_the_module(model):
         run(model.train())
     model.eval().second.train()
     torch._dynamo.reset()
-    with pytest.raises(errors.TrainingModeError, match="^second is in training mode"):
+    with pytest.raises(errors.TrainingModeError, match=r"^second is in training mode"):
         run(model)
 
 
 def test_an_input_that_requires_grad(model):
     x = torch.randn(2, 8, requires_grad=True)
-    with pytest.raises(errors.InputRequiresGradError, match="requires grad"):
+    with pytest.raises(errors.InputRequiresGradError, match=r"requires grad"):
         torch.compile(model, backend="quarot", options={"nested_backend": "eager"})(x)
 
 
 def test_parameters_that_require_grad_are_normal(model):
-    assert not torch.compile(model, backend="quarot", options={"nested_backend": "eager"})(torch.randn(2, 8)).requires_grad
+    assert not torch.compile(model, backend="quarot", options={"nested_backend": "eager"})(
+        torch.randn(2, 8)
+    ).requires_grad
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
@@ -101,7 +103,7 @@ def test_a_parameter_on_the_meta_device():
 def test_an_inference_tensor_as_a_parameter():
     with torch.inference_mode():
         model = Model().eval()
-    with pytest.raises(errors.UnboundParameterError, match="outside of torch.inference_mode"):
+    with pytest.raises(errors.UnboundParameterError, match=r"outside of torch\.inference_mode"):
         run(model)
 
 
@@ -138,7 +140,7 @@ def test_a_failure_inside_capture_has_a_name(model, monkeypatch):
         raise torch._subclasses.fake_tensor.DataDependentOutputException("no")
 
     monkeypatch.setattr("quarot_fx.capture._trace", broken)
-    with pytest.raises(errors.CaptureError, match="DataDependentOutputException"):
+    with pytest.raises(errors.CaptureError, match=r"DataDependentOutputException"):
         run(model)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -116,12 +117,10 @@ class RotationPlan:
 
 
 def _row(transform: Transform) -> tuple[str, str, str, str]:
-    import re
-
     shape = "[" + ", ".join(str(size) for size in transform.shape) + f"] axis {transform.dim}"
     rotation = transform.rotation + (" transposed" if transform.inverse else "")
     return (
-        re.sub(r"\d+", "*", transform.where),
+        re.sub(r"(?<=\.)\d+\b", "*", transform.where),
         rotation,
         shape,
         re.sub(r"_\d+\b", "", transform.why),

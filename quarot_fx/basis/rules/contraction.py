@@ -75,11 +75,14 @@ def addmm(op: Operator) -> None:
 def grouped_mm(op: Operator) -> None:
     """``y = x[rows of group e] W[e]``: experts."""
     x, weight = op.uses[0], op.uses[1]
+    if op["bias"] is not None or weight.ndim != 3:
+        return op.barrier("adds a bias, or groups what it sums over")
     op.tie(x.axis(-1), weight.axis(-2))
     op.tie(weight.axis(-1), op.result.axis(-1))
     op.pin([*x.axes()[:-1], *weight.axes()[:-2], *op.result.axes()[:-1]], "picks the expert by row")
     for use in op.uses[2:]:
         op.pin(use.axes(), "picks the expert by row")
+    return None
 
 
 @rule(aten.scaled_dot_product_attention.default)
