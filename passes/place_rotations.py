@@ -83,12 +83,11 @@ def _candidates(graph: fx.Graph, analysis: Analysis, config: QuarotConfig) -> It
     """
     quantizes = any(getattr(config, name) != UNQUANTIZED_BITS for name in ("w_bits", "a_bits", "k_bits", "v_bits"))
     wanted = config if quantizes else replace(config, w_bits=4, a_bits=4, kv_bits=4)
-    roles = Roles(graph)
+    roles = Roles(graph, wanted)
     for linear in linear_likes(graph):
         bits = wanted.for_parameter(linear.parameter)
-        keeps = roles.keeps_precision(linear) and not wanted.override_for(linear.parameter)
         worth = REQUIRED
-        if keeps or bits.w_bits == bits.a_bits == UNQUANTIZED_BITS:
+        if roles.reason_to_keep_precision(linear) or bits.w_bits == bits.a_bits == UNQUANTIZED_BITS:
             worth = NOTHING
         elif bits.a_bits == UNQUANTIZED_BITS:
             worth = IF_FREE

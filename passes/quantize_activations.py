@@ -28,13 +28,12 @@ class QuantizeActivations(Pass):
     tolerance: ClassVar[float | None] = None
 
     def run(self, program: Program, report: PassReport) -> None:
-        roles = Roles(program.graph)
+        roles = Roles(program.graph, self.config)
         made: dict[tuple[fx.Node, QuantScheme], fx.Node] = {}
         for linear in list(linear_likes(program.graph)):
             scheme = self.config.for_parameter(linear.parameter).activation_scheme
-            why = roles.keeps_precision(linear)
-            if why and not self.config.override_for(linear.parameter):
-                report.decline(linear.parameter, f"{why}; name it in overrides to quantise its input")
+            if why := roles.reason_to_keep_precision(linear):
+                report.decline(linear.parameter, why)
                 continue
             if scheme.bits == UNQUANTIZED_BITS:
                 report.decline(linear.parameter, "a_bits=16 asks to leave its input alone")

@@ -30,12 +30,11 @@ class QuantizeWeights(Pass):
     tolerance: ClassVar[float | None] = None
 
     def run(self, program: Program, report: PassReport) -> None:
-        roles = Roles(program.graph)
+        roles = Roles(program.graph, self.config)
         for linear in list(linear_likes(program.graph)):
             scheme = self.config.for_parameter(linear.parameter).weight_scheme
-            why = roles.keeps_precision(linear)
-            if why and not self.config.override_for(linear.parameter):
-                report.decline(linear.parameter, f"{why}; name it in overrides to quantise it")
+            if why := roles.reason_to_keep_precision(linear):
+                report.decline(linear.parameter, why)
             elif scheme.bits == UNQUANTIZED_BITS:
                 report.decline(linear.parameter, "w_bits=16 asks to leave it alone")
             elif not _is_quantized(linear.weight):

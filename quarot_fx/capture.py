@@ -15,7 +15,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from quarot_fx.errors import CaptureError, QuarotError, UnboundParameterError
 from quarot_fx.functionalize import functionalize
-from quarot_fx.graph import PARAMETER, unused_name
+from quarot_fx.graph import PARAMETER, relax_views, unused_name
 from quarot_fx.program import Program, copy_graph_module
 from quarot_fx.store import WeightStore
 
@@ -64,6 +64,7 @@ def capture(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Captured:
         graph_module = _trace(gm, [node.meta["example_value"] for node in placeholders])
         functionalize(graph_module)
         _write_out_default_eps(graph_module.graph)
+        relax_views(graph_module.graph)
     except (QuarotError, RestartAnalysis):  # the latter is Dynamo's own, to trace again
         raise
     except Exception as error:

@@ -12,6 +12,7 @@ from torch import fx
 from torch._subclasses import FakeTensorMode
 from torch.fx.passes.fake_tensor_prop import FakeTensorProp
 
+from quarot_fx.graph import PARAMETER, relax_views
 from quarot_fx.store import WeightStore, expression
 
 if TYPE_CHECKING:
@@ -73,7 +74,8 @@ class Program:
             with torch.no_grad():
                 FakeTensorProp(module, FakeTensorMode(allow_non_fake_inputs=True)).propagate(*inputs)
         for node in module.graph.find_nodes(op="get_attr"):
-            node.meta.setdefault("parameter", str(node.target))
+            node.meta.setdefault(PARAMETER, str(node.target))
+        relax_views(module.graph)
         return cls(module)
 
     def constant(self, node: fx.Node, purpose: str, compute: Callable[[], torch.Tensor]) -> torch.Tensor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import fx
 
+from quarot_fx.config import QuarotConfig
 from quarot_fx.graph import Constants, is_tensor
 from quarot_fx.linear_like import LinearLike
 
@@ -20,21 +21,29 @@ REACH = 12  # operators between a router's scores and the choice, at most
 
 
 class Roles:
-    """Roles of the linear layers of one graph."""
+    """Roles of the linear layers of one graph.
 
-    def __init__(self, graph: fx.Graph) -> None:
+    Args:
+        graph: the graph.
+        config: whose ``overrides`` ask for a layer by name.
+    """
+
+    def __init__(self, graph: fx.Graph, config: QuarotConfig) -> None:
+        self._config = config
         self._constants = Constants(graph)
         self._is_whole_model = any(str(node.target) == "aten.embedding.default" for node in graph.nodes)
 
-    def keeps_precision(self, linear: LinearLike) -> str | None:
-        """Return why a linear layer is not quantised unless asked for by name, or None."""
+    def reason_to_keep_precision(self, linear: LinearLike) -> str | None:
+        """Return why neither a linear layer nor its input is quantised, or None. One asked for by name always is."""
+        if self._config.override_for(linear.parameter):
+            return None
         if self._chooses(linear.node):
-            return "it is a router: its result is ranked"
+            return "it is a router: its result is ranked; name it in overrides to quantise it"
         weight = linear.weight.meta["val"]
         expands = weight.shape[linear.spelling.out] > weight.shape[linear.spelling.contracted]
         # A part of a model may end in any linear; only one that expands can be the head there.
         if (self._is_whole_model or expands) and self._is_read_by_output_only(linear.node):
-            return "it is the output head: its result is the model's output"
+            return "it is the output head: its result is the model's output; name it in overrides to quantise it"
         return None
 
     def _others(self, user: fx.Node) -> list[fx.Node]:

@@ -1,8 +1,7 @@
 """Decoder architectures: two layers of each, and the rotation plan that one would make for it by hand.
 
-Every architecture has 2 layers of 64 channels and 4 heads, with 2 heads of keys and values where it has such. Options
-that change the graph (multipliers, soft caps, biases, norms of queries and keys, partial rotary) are set to values
-that a mistake would show under.
+All have 64 channels, 4 heads and, where they group heads, 2 heads of keys and values. Options that change the graph
+(multipliers, soft caps, biases, norms of queries and keys, windows) are set to values under which a mistake shows.
 """
 
 from __future__ import annotations
@@ -14,12 +13,15 @@ from typing import Any
 from models import tiny_model
 from transformers import PreTrainedModel
 
-QUERY_AND_KEY = {"query": 2, "key": 2}  # after RoPE, one each per layer
-GATED = {"o_proj": 2, "down_proj": 2} | QUERY_AND_KEY  # QuaRot's plan for Llama
-# Where norms stand after attention and MLP, their gains keep the residual stream in its own basis.
-SANDWICH = {"q_proj k_proj v_proj": 2, "gate_proj up_proj": 2}
+LAYERS = 2
 HEAD = "lm_head.weight"
-TIED_HEAD = "model.embed_tokens.weight"
+TIED = "model.embed_tokens.weight"  # an output head that is the embedding
+
+QKV = "self_attn.q_proj self_attn.k_proj self_attn.v_proj"
+GATE_UP = "mlp.gate_proj mlp.up_proj"
+ONCE_PER_LAYER = ("query", "key", "self_attn.o_proj", "mlp.down_proj")  # QuaRot's plan for Llama
+# A gain on what is added to the residual stream keeps that stream in its own basis. So all that reads it pays.
+WITH_POST_NORMS = (QKV, GATE_UP, *ONCE_PER_LAYER)
 
 
 @dataclass(frozen=True)
@@ -29,54 +31,122 @@ class Architecture:
     Attributes:
         model_type: what transformers calls it.
         settings: of its config, besides the sizes that all rows share.
-        online: what reads the result of an online transform -> number of such transforms in the two layers.
-        linears: how many linear layers are rotated for free, behind an online transform, and not at all.
-        keys, values: likewise, the same for both layers.
-        declined: pass -> places that it leaves alone in rotating.
+        online: what reads the result of an online transform, once in every layer: layers by their name in the
+            block, all readers of one transform together, and ``query`` and ``key`` for what attention reads.
+        free: weights that are rotated at no cost when the model runs; of a layer, and the output head.
+        not_rotated: weights that are not rotated.
+        keys, values: how they come to be rotated.
+        declined: pass -> places that it leaves as they are.
         barriers: operators without a rule.
-        unquantized: weights that stay as they are: output heads and routers.
+        unquantized: weights that 4 bits are not for: output heads and routers.
     """
 
     model_type: str
     settings: Mapping[str, Any] = field(default_factory=dict)
-    online: Mapping[str, int] = field(default_factory=lambda: GATED)
-    linears: Mapping[str, int] = field(default_factory=lambda: {"free": 11, "online": 4})
+    online: tuple[str, ...] = ONCE_PER_LAYER
+    free: int = 5 * LAYERS + 1
+    not_rotated: int = 0
     keys: str = "online"
     values: str = "free"
     declined: Mapping[str, int] = field(default_factory=dict)
     barriers: tuple[str, ...] = ()
     unquantized: tuple[str, ...] = (HEAD,)
 
-    def build(self, **settings: Any) -> PreTrainedModel:
-        """A random float32 model in evaluation mode, the same every time."""
-        return tiny_model(self.model_type, **{**self.settings, **settings})
+    def build(self) -> PreTrainedModel:
+        """A float32 model in evaluation mode with random weights, gains and biases; the same every time."""
+        return tiny_model(self.model_type, **self.settings)
 
 
 ARCHITECTURES = (
     Architecture("llama"),
     Architecture("mistral", {"sliding_window": 8}),
-    Architecture("qwen2"),  # biases of q, k and v
-    Architecture("qwen3", {"head_dim": 32}),
-    Architecture("gemma", {"head_dim": 32}),
-    Architecture("gemma2", {"attn_implementation": "eager", "head_dim": 16, "sliding_window": 8, "query_pre_attn_scalar": 24, "attn_logit_softcapping": 5.0, "final_logit_softcapping": 4.0}),
-    Architecture("gemma3_text", {"head_dim": 16, "sliding_window": 8, "layer_types": ["sliding_attention", "full_attention"]}),
-    Architecture("phi", {"num_key_value_heads": 2}),
-    Architecture("phi3", {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5}}),
-    Architecture("olmo2"),
-    Architecture("cohere", {"use_qk_norm": True, "logit_scale": 0.5}),
-    Architecture("granite", {"embedding_multiplier": 3.0, "residual_multiplier": 0.5, "logits_scaling": 2.0, "attention_multiplier": 0.2}),
-    Architecture("stablelm", {"use_qkv_bias": True}),
-    Architecture("gpt_neox"),
-    Architecture("opt", {"ffn_dim": 176}),
-    Architecture("gpt2", {"n_inner": 176}),
-    Architecture("mixtral", {"num_local_experts": 4, "num_experts_per_tok": 2}),
-    Architecture("phi", {"num_key_value_heads": 2,"qk_layernorm":True}),
-    Architecture("cohere",),
-    Architecture("stablelm",{"qk_layernorm":True}),
-    Architecture("stablelm",{"use_parallel_residual":True}),
-    Architecture("gpt_neox",{"use_parallel_residual":False}),
-    Architecture("opt",{"do_layer_norm_before":False, "word_embed_proj_dim":32}),
-    Architecture("granite",{"attention_bias":True, "mlp_bias":True}),
-    Architecture("gpt2", {"n_inner": 176,"attn_implementation": "eager","scale_attn_by_inverse_layer_idx":True}),
-    Architecture("llama", {"num_key_value_heads": 1,"tie_word_embeddings":True}),
+    Architecture("qwen2"),  # q, k and v have biases
+    Architecture(
+        "qwen3",
+        {"head_dim": 32},
+        declined={"fold-gains": 2 * LAYERS},  # of queries and keys: RoPE is between them and their readers
+    ),
+    Architecture("gemma", {"head_dim": 32}, unquantized=(TIED,)),  # gains are 1 + w, the embedding is scaled
+    Architecture(
+        "gemma2",
+        {
+            "attn_implementation": "eager",  # the fused operator has no soft cap
+            "attn_logit_softcapping": 5.0,
+            "final_logit_softcapping": 4.0,
+            "head_dim": 16,
+            "query_pre_attn_scalar": 24,
+            "sliding_window": 8,
+        },
+        online=WITH_POST_NORMS,
+        free=0,
+        not_rotated=1,
+        declined={"fold-gains": 2 * LAYERS},  # of the norms after attention and after the MLP
+        unquantized=(TIED,),
+    ),
+    Architecture(
+        "gemma3_text",
+        {"head_dim": 16, "sliding_window": 8, "layer_types": ["sliding_attention", "full_attention"]},
+        online=WITH_POST_NORMS,
+        free=0,
+        not_rotated=1,
+        declined={"fold-gains": 4 * LAYERS},  # as Gemma 2, and of queries and keys
+        unquantized=(TIED,),
+    ),
+    Architecture(  # attention and MLP in parallel behind one LayerNorm, partial rotary
+        "phi", {"num_key_value_heads": 2}, online=("query", "key", "self_attn.dense", "mlp.fc2"), free=4 * LAYERS + 1
+    ),
+    Architecture("phi3", free=2 * LAYERS + 1),  # q, k, v in one weight; gate and up in another
+    Architecture(
+        "olmo2",
+        online=WITH_POST_NORMS,
+        free=0,
+        not_rotated=1,
+        declined={"fold-gains": 4 * LAYERS},  # norms of queries and keys span all heads
+    ),
+    Architecture(  # attention and MLP in parallel, a LayerNorm with a gain per head on queries and keys
+        "cohere",
+        {"use_qk_norm": True, "logit_scale": 0.5},
+        declined={"fold-means": 2 * LAYERS},
+        unquantized=(TIED,),
+    ),
+    Architecture(
+        "granite",
+        {
+            "attention_bias": True,
+            "attention_multiplier": 0.2,
+            "embedding_multiplier": 3.0,
+            "logits_scaling": 2.0,
+            "mlp_bias": True,
+            "residual_multiplier": 0.5,
+        },
+    ),
+    Architecture("stablelm", {"use_qkv_bias": True}),  # LayerNorm, a quarter rotary
+    Architecture(  # attention and MLP in parallel, each behind its own LayerNorm
+        "gpt_neox",
+        online=("query", "key", "attention.dense", "mlp.dense_4h_to_h"),
+        free=2 * LAYERS + 1,
+        unquantized=("embed_out.weight",),
+    ),
+    Architecture(  # positions are learned and added: no RoPE, so that weights absorb the rotation of queries and keys
+        "opt",
+        {"ffn_dim": 176},
+        online=("self_attn.out_proj", "fc2"),
+        free=4 * LAYERS + 1,
+        keys="free",
+        unquantized=("model.decoder.embed_tokens.weight",),
+    ),
+    Architecture(  # likewise, and weights are stored [in, out]
+        "gpt2",
+        {"n_inner": 176},
+        online=("attn.c_proj", "mlp.c_proj"),
+        free=2 * LAYERS + 1,
+        keys="free",
+        unquantized=("transformer.wte.weight",),
+    ),
+    Architecture(  # routers are rotated with what they read, and not quantised
+        "mixtral",
+        {"num_local_experts": 4, "num_experts_per_tok": 2},
+        online=("query", "key", "self_attn.o_proj", "mlp.experts.down_proj"),
+        unquantized=(HEAD, "model.layers.0.mlp.gate.weight", "model.layers.1.mlp.gate.weight"),
+    ),
 )

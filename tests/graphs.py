@@ -81,7 +81,9 @@ class _Code(FileCheck):
 
 def targets(program: Program) -> list[str]:
     """Return the operators of a program, in order, without namespaces and overloads."""
-    return [str(node.target).split(".")[1] for node in program.graph.nodes if isinstance(node.target, torch._ops.OpOverload)]
+    return [
+        str(node.target).split(".")[1] for node in program.graph.nodes if isinstance(node.target, torch._ops.OpOverload)
+    ]
 
 
 def reasons(report: PassReport) -> list[str]:

@@ -60,7 +60,7 @@ def test_the_cheaper_side_of_a_repetition_is_cut():
     """Keys are rotated before their heads are repeated, not after."""
     module = Lambda(lambda m, x: m.b(F.silu(x)[:, :, None].expand(-1, -1, 5, -1)), b=linear(4))
     (crossing,) = online(solved(module, tokens())[0])
-    assert str(crossing.position.tensor.node.target) == "aten.silu.default"
+    assert crossing.position.tensor.numel == tokens().numel()
 
 
 def test_a_tie_is_cut_late():

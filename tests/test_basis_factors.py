@@ -1,5 +1,6 @@
 """Factors against a model that can be read at a glance: axes as lists of primes with colours."""
 
+from itertools import pairwise
 from math import prod
 
 import pytest
@@ -26,7 +27,8 @@ def test_a_view_splits_a_factor_everywhere():
     hidden, other, heads, size = factors.new(64), factors.new(64), factors.new(4), factors.new(16)
     assert factors.unify([hidden], [other])
     assert factors.unify([hidden], [heads, size])
-    assert factors.leaves([other]) == [heads, size] == factors.leaves([hidden])
+    assert factors.leaves([other]) == factors.leaves([hidden]) == factors.leaves([heads, size])
+    assert sizes(factors, [other]) == [4, 16]
 
 
 def test_splits_meet_in_the_middle():
@@ -86,7 +88,7 @@ class Brute:
 
     def unify(self, i, j):
         union = sorted(self.bounds[i] | self.bounds[j])
-        if max(self.bounds[i]) != max(self.bounds[j]) or any(y % x for x, y in zip(union, union[1:], strict=False)):
+        if max(self.bounds[i]) != max(self.bounds[j]) or any(y % x for x, y in pairwise(union)):
             return False
         old, new = self.group[j], self.group[i]
         self.group = [new if group == old else group for group in self.group]
@@ -97,7 +99,7 @@ class Brute:
 
     def sizes(self, axis):
         union = sorted(self.bounds[axis])
-        return [y // x for x, y in zip(union, union[1:], strict=False)]
+        return [y // x for x, y in pairwise(union)]
 
 
 @given(programs())

@@ -35,8 +35,9 @@ transforms = st.builds(
     Transform, names, sizes, sizes, names, st.booleans(), st.lists(st.tuples(names, sizes)).map(tuple), st.booleans(),
     st.lists(sizes | names).map(tuple), names, names,
 )  # fmt: skip
+sites = st.builds(Site, names, names, names, names, names)
 plans = st.builds(
-    RotationPlan, st.lists(transforms).map(tuple), st.lists(st.builds(Site, names, names, names, names, names)).map(tuple),
+    RotationPlan, st.lists(transforms).map(tuple), st.lists(sites).map(tuple),
     st.lists(st.tuples(names, sizes)).map(tuple), st.floats(0, 1e9),
 )  # fmt: skip
 

@@ -26,12 +26,14 @@ def test_bias_reaches_linears_through_casts_and_views():
 
 
 def test_bias_written_first():
-    _, report = apply(FoldBiases(), captured(Lambda(lambda m, x: m.a(m.b + x), b=WIDTH, a=linear(4)), tokens()), tokens())
+    _, report = apply(
+        FoldBiases(), captured(Lambda(lambda m, x: m.a(m.b + x), b=WIDTH, a=linear(4)), tokens()), tokens()
+    )
     assert report.matched == 1
 
 
 def test_bias_moves_into_addmm():
-    module = Lambda(lambda m, x: (m.c.addmm((x + m.b).view(-1, WIDTH), m.w)), b=WIDTH, c=6, w=(WIDTH, 6))
+    module = Lambda(lambda m, x: m.c.addmm((x + m.b).view(-1, WIDTH), m.w), b=WIDTH, c=6, w=(WIDTH, 6))
     result, report = apply(FoldBiases(), captured(module, tokens()), tokens())
     assert (report.matched, report.weights) == (1, 1)
     assert targets(result)[-1] == "addmm"
@@ -53,7 +55,7 @@ def test_biases_in_a_row_fold_the_last_one_first():
         (lambda m, x: (m.a(y := x + m.b), y), "a bias stays: it is read by the graph's output, not by linear layers"),
         (lambda m, x: m.a.weight.sum() + x + m.b, "a bias stays: it is read by the graph's output"),
         (lambda m, x: (x + m.b) @ m.w, "a bias stays: aten.matmul.default cannot add one"),
-        (lambda m, x: ((x + m.b).transpose(1, 2) @ m.v), "a bias stays: it is read by aten.transpose.int"),
+        (lambda m, x: (x + m.b).transpose(1, 2) @ m.v, "a bias stays: it is read by aten.transpose.int"),
     ],
 )
 def test_bias_stays(forward, reason):

@@ -27,8 +27,10 @@ def test_gain_moves_into_its_readers(reader):
     assert (report.matched, report.declined) == (1, [])
     assert report.weights == (3 if reader == "several" else 1)
     check_code(result).check("rsqrt").check("mul.Tensor").run()
-    activations = [node for node in result.graph.nodes if str(node.target) == "aten.mul.Tensor" and "arg" in str(node.args)]
-    assert all("norm_gain" not in str(node.args) and "g" != str(node.args[0]) for node in activations)
+    activations = [
+        node for node in result.graph.nodes if str(node.target) == "aten.mul.Tensor" and "arg" in str(node.args)
+    ]
+    assert all("norm_gain" not in str(node.args) and str(node.args[0]) != "g" for node in activations)
 
 
 def test_one_plus_gain():

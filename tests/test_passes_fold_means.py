@@ -100,7 +100,9 @@ def test_means_stay_where_something_else_sees_them(stream, reason):
     program = prepared(Model(stream), IDS)
     result, report = apply(FoldMeans(), program, IDS)
     found = reasons(report)
-    assert any(one.startswith(f"a mean is removed online: {reason}") and one.endswith("which sees the mean") for one in found)
+    assert any(
+        one.startswith(f"a mean is removed online: {reason}") and one.endswith("which sees the mean") for one in found
+    )
     assert "project_out" in targets(result)
 
 

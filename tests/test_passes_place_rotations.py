@@ -54,7 +54,12 @@ def test_rotation_none_places_nothing():
 
 def test_random_rotations_only_where_weights_absorb_them():
     plan, _ = placed(Decoder(), ids(), rotation="random", seed=7)
-    assert {t.rotation for t in plan.transforms if t.online} <= {"hadamard-12", "hadamard-8", "hadamard-2", "hadamard-16"}
+    assert {t.rotation for t in plan.transforms if t.online} <= {
+        "hadamard-12",
+        "hadamard-8",
+        "hadamard-2",
+        "hadamard-16",
+    }
     assert f"random-{WIDTH}-seed7" in {t.rotation for t in plan.transforms if not t.online}
 
 
@@ -116,7 +121,7 @@ def test_sandwich_norm_costs_one_more_transform():
 
     parts = {"embedding": nn.Embedding(8, WIDTH), "norm": nn.RMSNorm(WIDTH), "up": linear(WIDTH), "down": linear(12),
              "head": linear(8, 12)}  # fmt: skip
-    plan, report = placed(Lambda(forward, **parts), ids())
+    plan, _ = placed(Lambda(forward, **parts), ids())
     (transform,) = [t for t in plan.online if t.rotation == f"hadamard-{WIDTH}"]
     assert "aten.mul.Tensor" in transform.why
 

@@ -1,6 +1,19 @@
 import pytest
 import torch
-from graphs import WIDTH, Decoder, Lambda, apply, captured, check_code, ids, linear, node_named, reasons, targets, tokens
+from graphs import (
+    WIDTH,
+    Decoder,
+    Lambda,
+    apply,
+    captured,
+    check_code,
+    ids,
+    linear,
+    node_named,
+    reasons,
+    targets,
+    tokens,
+)
 from torch.nn import functional as F
 
 from quarot_fx.config import QuarotConfig

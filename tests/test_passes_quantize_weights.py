@@ -1,6 +1,18 @@
 import pytest
 import torch
-from graphs import WIDTH, Decoder, Lambda, apply, captured, check_code, ids, linear, node_named, reasons, targets, tokens
+from graphs import (
+    WIDTH,
+    Decoder,
+    Lambda,
+    apply,
+    captured,
+    check_code,
+    ids,
+    linear,
+    node_named,
+    reasons,
+    tokens,
+)
 
 from quarot_fx.config import QuarotConfig
 from quarot_fx.errors import GroupSizeError, NonFiniteWeightError
@@ -12,7 +24,7 @@ HEAD = "it is the output head: its result is the model's output; name it in over
 
 def relative_error(result, program, *inputs):
     expected = program.graph_module(*inputs)[0]
-    return float((result.graph_module(*inputs)[0] - expected).norm() / expected.norm())
+    return float(((result.graph_module(*inputs)[0] - expected).norm() / expected.norm()).detach())
 
 
 def test_linears_become_codes_and_scales():

@@ -7,6 +7,12 @@ from torch.nn import functional as F
 from quarot_fx.passes.recognize_norms import RecognizeNorms
 
 EPS = 1e-6
+
+
+def unit(x):
+    return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + EPS)
+
+
 SPELLINGS = {
     "pow and mean": lambda m, x: m.g * (x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + EPS)),
     "x * x": lambda m, x: m.g * (x * torch.rsqrt((x * x).mean(-1, keepdim=True) + EPS)),
@@ -16,8 +22,8 @@ SPELLINGS = {
     "sum": lambda m, x: m.g * (x / torch.sqrt(x.pow(2).sum(-1, keepdim=True) / WIDTH + EPS)),
     "F.rms_norm": lambda m, x: F.rms_norm(x, (WIDTH,), m.g, EPS),
     "1 + gain": lambda m, x: (1 + m.g) * (x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + EPS)),
-    "cast before gain": lambda m, x: m.g * (x.double() * torch.rsqrt(x.double().pow(2).mean(-1, keepdim=True) + EPS)).to(x.dtype),
-    "cast after gain": lambda m, x: (m.g * (x.double() * torch.rsqrt(x.double().pow(2).mean(-1, keepdim=True) + EPS))).to(x.dtype),
+    "cast before gain": lambda m, x: m.g * unit(x.double()).to(x.dtype),
+    "cast after gain": lambda m, x: (m.g * unit(x.double())).to(x.dtype),
     "dtype of mean": lambda m, x: m.g * (x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True, dtype=torch.float64) + EPS)),
 }  # fmt: skip
 

@@ -1,6 +1,19 @@
 import pytest
 import torch
-from graphs import WIDTH, Decoder, Lambda, apply, captured, check_code, difference, ids, linear, rewritten, targets, tokens
+from graphs import (
+    WIDTH,
+    Decoder,
+    Lambda,
+    apply,
+    captured,
+    check_code,
+    difference,
+    ids,
+    linear,
+    rewritten,
+    targets,
+    tokens,
+)
 
 from quarot_fx.config import QuarotConfig
 from quarot_fx.errors import PipelineError

@@ -94,7 +94,9 @@ def test_gate_and_up_interleaved():
 
 
 def test_empty_part_is_declined():
-    program = captured(Lambda(lambda m, x: (y := m.packed(x))[..., :8] * 2 + y[..., 30:].sum(), packed=linear(24)), tokens())
+    program = captured(
+        Lambda(lambda m, x: (y := m.packed(x))[..., :8] * 2 + y[..., 30:].sum(), packed=linear(24)), tokens()
+    )
     result, report = apply(SplitPackedLinears(), program, tokens())
     assert (report.matched, reasons(report)) == (0, ["a part of a packed layer is empty"])
     assert targets(result) == targets(program)

@@ -131,19 +131,21 @@ class Operator:
 
     @property
     def name(self) -> str:
-        """The operator, as reports name it."""
-        return str(self.node.target).removesuffix(".default")
+        """The operator and its node, as reports name them."""
+        if self.node.op != "call_function":
+            return self.node.name
+        return f"{str(self.node.target).removesuffix('.default')} {self.node.name}"
 
     def tie(self, left: Axis | Sequence[Axis], right: Axis | Sequence[Axis], why: str = "") -> None:
         """Say that two axes, or row-major products of axes, are in the same basis."""
         left = (left,) if isinstance(left, Axis) else tuple(left)
         right = (right,) if isinstance(right, Axis) else tuple(right)
-        self.ties.append(Tie(left, right, why or f"{self.name} {self.node.name}"))
+        self.ties.append(Tie(left, right, why or self.name))
 
     def pin(self, axes: Axis | Iterable[Axis], why: str) -> None:
         """Say that axes must be canonical, and why."""
         for axis in (axes,) if isinstance(axes, Axis) else axes:
-            self.pins.append(Pin(axis, f"{self.name} {self.node.name}: {why}"))
+            self.pins.append(Pin(axis, f"{self.name}: {why}"))
 
     def barrier(self, why: str, tensors: Iterable[Tensor] | None = None) -> None:
         """Pin every axis of the given tensors, or of all that the operator touches."""

@@ -1,0 +1,132 @@
+"""Every architecture of the table: the plan, rotation that changes nothing, 4 bits, dynamic shapes."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+
+import pytest
+import torch
+from architectures import ARCHITECTURES, LAYERS
+from models import random_token_ids
+
+import quarot_fx
+from quarot_fx.attention import reads_of_keys_and_values
+from quarot_fx.capture import INPUT
+from quarot_fx.config import QuarotConfig
+from quarot_fx.coverage import cover
+from quarot_fx.float64 import relative_difference, run_in_float64
+from quarot_fx.graph import Constants, argument_nodes
+from quarot_fx.inspection import capture_one_graph
+from quarot_fx.linear_like import linear_likes
+from quarot_fx.passes.pipeline import build_pipeline, run_pipeline
+from quarot_fx.store import SHARED
+
+ROTATED = {"stop_after": "rotate"}
+UNQUANTIZED = {"w_bits": 16, "a_bits": 16, "kv_bits": 16}
+
+pytestmark = pytest.mark.usefixtures("graphs")
+
+
+@pytest.fixture(scope="module", params=ARCHITECTURES, ids=lambda row: row.model_type)
+def row(request):
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def inputs():
+    return {"input_ids": random_token_ids(batch=2), "use_cache": False}
+
+
+@pytest.fixture(scope="module")
+def program(row, inputs):
+    """The captured model in float64, so that constants made from its weights are not rounded, and what it is run on."""
+    captured, arguments = capture_one_graph(row.build().double(), inputs)
+    program = captured.bind(arguments, SHARED)
+    return program, [arguments[node.meta[INPUT]] for node in program.graph.find_nodes(op="placeholder")]
+
+
+def compile_model(model, *, dynamic=None, **options):
+    options = {"nested_backend": "eager", **options}
+    return torch.compile(model, backend="quarot", fullgraph=True, dynamic=dynamic, options=options)
+
+
+def readers_of_online_transforms(graph):
+    """Return for every online transform what reads it: weights by their name in the block, queries, keys, values."""
+    weights = {(linear.node, linear.x): linear.parameter for linear in linear_likes(graph)}
+    reads = list(reads_of_keys_and_values(graph))
+    names = {key: re.sub(r".*\.\d+\.|\.weight$", "", name) for key, name in weights.items()}
+    names |= {(read.user, argument_nodes(read.user)[0]): "query" for read in reads if read.kind == "key"}
+    names |= {(read.user, read.tensor): read.kind for read in reads}
+
+    def readers(node):
+        for user in node.users:
+            yield from [names[user, node]] if (user, node) in names else readers(user)
+
+    constants = Constants(graph)
+    transforms = graph.find_nodes(op="call_function", target=torch.ops.quarot.rotate.default)
+    return [" ".join(dict.fromkeys(readers(node))) for node in transforms if node not in constants]
+
+
+def test_plan_is_what_one_would_do_by_hand(row, program):
+    rotated = run_pipeline(program[0], build_pipeline(QuarotConfig(**ROTATED)))
+    report = cover(rotated)
+    readers = readers_of_online_transforms(rotated.graph)
+    assert Counter(readers) == Counter(row.online * LAYERS)
+    assert len(report.plan.online) == len(readers)
+    linears = Counter(rotated for _, rotated in {(linear.parameter, linear.rotated) for linear in report.linears})
+    online = " ".join(row.online).split()
+    expected = {
+        "free": row.free,
+        "online": LAYERS * len([name for name in online if name not in ("query", "key")]),
+        "no": row.not_rotated,
+    }
+    assert linears == Counter(expected)
+    caches = Counter((cache.kind, cache.rotated) for cache in report.caches)
+    assert caches == {("key", row.keys): LAYERS, ("value", row.values): LAYERS}
+    assert {one.name: len(one.declined) for one in report.passes if one.declined} == row.declined
+    assert tuple(target for target, _ in report.plan.barriers) == row.barriers
+
+
+@pytest.mark.parametrize("options", [ROTATED, UNQUANTIZED], ids=["stop_after", "16_bits"])
+def test_rotation_is_exact_in_float64(program, options):
+    captured, inputs = program
+    rotated = run_pipeline(captured, build_pipeline(QuarotConfig(**options)))
+    assert rotated.plan.online
+    expected = run_in_float64(captured.graph_module, *inputs)
+    assert relative_difference(run_in_float64(rotated.graph_module, *inputs), expected) < 1e-9
+
+
+@pytest.mark.parametrize(("dtype", "limit"), [(torch.float64, 1e-5), (torch.float32, 1e-4)], ids=["float64", "float32"])
+def test_rotation_alone_changes_nothing(row, inputs, dtype, limit):
+    model = row.build().to(dtype)
+    with torch.no_grad():
+        logits, expected = compile_model(model, **UNQUANTIZED)(**inputs).logits, model(**inputs).logits
+    assert logits.dtype == dtype
+    assert relative_difference([logits], [expected]) < limit
+
+
+def test_four_bits(row, inputs):
+    model = row.build()
+    rewritten = quarot_fx.rewrite(model, inputs)
+    with torch.no_grad():
+        logits, expected = compile_model(model)(**inputs).logits, model(**inputs).logits
+    assert logits.isfinite().all()
+    assert torch.equal(logits, rewritten(inputs["input_ids"])[0])
+    assert relative_difference([logits], [expected]) > 1e-3
+    report = rewritten.quarot
+    bits = {linear.parameter: (linear.w_bits, linear.a_bits) for linear in report.linears}
+    assert {name for name, both in bits.items() if both != (4, 4)} == set(row.unquantized)
+    assert {bits[name] for name in row.unquantized} == {(16, 16)}
+    assert [cache.bits for cache in report.caches] == [4] * 2 * LAYERS
+
+
+def test_one_graph_serves_all_shapes(row, graphs):
+    model = row.build()
+    compiled = compile_model(model, dynamic=True, **ROTATED)
+    with torch.no_grad():
+        for batch, length in (2, 16), (3, 23):
+            ids = random_token_ids(batch, length)
+            logits, expected = compiled(ids, use_cache=False).logits, model(ids, use_cache=False).logits
+            assert relative_difference([logits], [expected]) < 1e-4
+    assert graphs() == 1
