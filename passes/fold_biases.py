@@ -28,7 +28,7 @@ class FoldBiases(Pass):
 
     def run(self, program: Program, report: PassReport) -> None:
         readers = Readers(program.graph)
-        for node in list(program.graph.nodes):
+        for node in reversed(program.graph.nodes):  # so that of sums in a row the last makes way for the first
             bias = gain_of(node, readers.constants) if str(node.target) == "aten.add.Tensor" else None
             if bias is None or node.kwargs.get("alpha", 1) != 1:
                 continue

@@ -28,7 +28,7 @@ class FoldGains(Pass):
 
     def run(self, program: Program, report: PassReport) -> None:
         readers = Readers(program.graph)
-        for node in list(program.graph.nodes):
+        for node in reversed(program.graph.nodes):  # so that of gains in a row the last makes way for the first
             gain = gain_of(node, readers.constants) if str(node.target) == "aten.mul.Tensor" else None
             if gain is None:
                 continue

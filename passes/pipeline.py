@@ -126,14 +126,14 @@ def run_pipeline(program: Program, passes: Sequence[Pass], check_inputs: Sequenc
     """
     state = Program.of(program)
     before = run_in_float64(state.graph_module, *check_inputs) if check_inputs is not None else None
-    last = "capture"
+    before_it = "pipeline='fold-constants'"  # which changes nothing in a captured graph
     for one in passes:
         report = one.apply(state)
         if check_inputs is not None and before is not None:
             after = run_in_float64(state.graph_module, *check_inputs)
             report.difference = relative_difference(after, before)
             if one.tolerance is not None and not report.difference <= one.tolerance:
-                raise CheckError(stage=one.name, difference=report.difference, limit=one.tolerance, before=last)
+                raise CheckError(stage=one.name, difference=report.difference, limit=one.tolerance, before=before_it)
             before = after
-        last = one.name
+        before_it = f"stop_after={one.name!r}"
     return state

@@ -92,7 +92,7 @@ def project_out_mean(insert: Inserter, source: fx.Node) -> fx.Node:
     """Insert ``source - mean(source)`` over the last axis, in a form that a rotation can pass through."""
     val = value(source)
     size = val.shape[-1]
-    direction = torch.full((size,), 1 / math.sqrt(size), dtype=val.dtype, device=val.device)
+    direction = torch.full((size,), 1 / math.sqrt(size), dtype=torch.float64, device=val.device)
     return insert.call(quarot.project_out.default, source, insert.constant("mean_direction", direction))
 
 

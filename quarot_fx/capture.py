@@ -15,7 +15,8 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from quarot_fx.errors import CaptureError, QuarotError, UnboundParameterError
 from quarot_fx.functionalize import functionalize
-from quarot_fx.graph import PARAMETER, relax_views, unused_name
+from quarot_fx.graph import PARAMETER, unused_name
+from quarot_fx.legalize import legalize
 from quarot_fx.program import Program, copy_graph_module
 from quarot_fx.store import WeightStore
 
@@ -63,8 +64,7 @@ def capture(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Captured:
     try:
         graph_module = _trace(gm, [node.meta["example_value"] for node in placeholders])
         functionalize(graph_module)
-        _write_out_default_eps(graph_module.graph)
-        relax_views(graph_module.graph)
+        legalize(graph_module.graph)
     except (QuarotError, RestartAnalysis):  # the latter is Dynamo's own, to trace again
         raise
     except Exception as error:
@@ -118,15 +118,6 @@ def _trace(gm: fx.GraphModule, values: list[Any]) -> fx.GraphModule:
     run = fx.Interpreter(gm).run
     with torch.no_grad(), fake_mode, fx.traceback.preserve_node_meta():
         return make_fx(run, pre_dispatch=True, tracing_mode="real", _allow_non_fake_inputs=True)(*values)
-
-
-def _write_out_default_eps(graph: fx.Graph) -> None:
-    """Make ``rms_norm``'s default eps a number: it depends on the dtype, which a check in float64 changes."""
-    for node in graph.find_nodes(op="call_function", target=torch.ops.aten.rms_norm.default):
-        if (node.args[3] if len(node.args) > 3 else node.kwargs.get("eps")) is None:
-            wide = torch.promote_types(node.meta["val"].dtype, torch.float32)
-            node.args = (*node.args, None, None)[:3]
-            node.kwargs = {"eps": torch.finfo(wide).eps}
 
 
 def _last_operator(error: Exception) -> str:

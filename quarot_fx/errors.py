@@ -169,5 +169,5 @@ class CheckError(QuarotError):
     template = (
         "the stage {stage!r} changed the output by {difference:.1e} (relative; {limit:.0e} allowed). "
         "Disable it with disabled_passes=({stage!r},) and please report the graph: "
-        "quarot_fx.rewrite(model, inputs, stop_after={before!r}).print_readable()"
+        "quarot_fx.rewrite(model, inputs, {before}).print_readable()"
     )

@@ -84,12 +84,15 @@ def _finite(node: fx.Node) -> torch.Tensor:
 
 
 def relative_difference(actual: list[torch.Tensor], expected: list[torch.Tensor]) -> float:
-    """Return the largest norm of a difference between floating-point outputs, relative to the expected norm."""
+    """Return the largest norm of a difference between floating-point outputs, relative to the expected norm.
+
+    A NaN that is not expected is an infinite difference.
+    """
     worst = 0.0
     for a, e in zip(actual, expected, strict=True):
         if e.is_floating_point() and e.numel():
             same = (a == e) | (a.isnan() & e.isnan())  # equal infinities differ by NaN
             difference = torch.where(same, 0, a - e).double().norm()
             scale = torch.where(e.isfinite(), e, 0).double().norm().clamp_min(torch.finfo(torch.float64).tiny)
-            worst = max(worst, float(difference / scale))
+            worst = max(worst, float((difference / scale).nan_to_num(nan=torch.inf)))
     return worst

@@ -185,13 +185,6 @@ def replace_arguments(node: fx.Node, replacements: dict[int, fx.Node]) -> None:
     node.args, node.kwargs = fx.map_arg((node.args, node.kwargs), swap)
 
 
-def relax_views(graph: fx.Graph) -> None:
-    """Turn views into reshapes, which are the same in a functional graph but accept any strides: passes change them."""
-    for node in graph.find_nodes(op="call_function", target=aten.view.default):
-        if FROZEN not in node.meta:
-            node.target = aten.reshape.default
-
-
 def numel_hint(shape: Sequence[Any]) -> int:
     """Return the number of elements, with the sizes seen at compile time for symbolic dimensions."""
     count = 1

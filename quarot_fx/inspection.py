@@ -118,5 +118,6 @@ def _name_inputs(module: fx.GraphModule) -> None:
     for node in module.graph.find_nodes(op="placeholder"):
         if getattr(node, "_dynamo_source", None) is not None:
             words = re.findall(r"\w+", re.sub(r"^[LG]\['(kwargs'\]\[')?", "", source_name(node)))
-            node.target = node.name = module.graph._graph_namespace.create_name("_".join(words), node)
+            node._rename("_".join(words))
+            node.target = node.name
     module.recompile()

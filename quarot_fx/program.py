@@ -12,7 +12,8 @@ from torch import fx
 from torch._subclasses import FakeTensorMode
 from torch.fx.passes.fake_tensor_prop import FakeTensorProp
 
-from quarot_fx.graph import PARAMETER, relax_views
+from quarot_fx.graph import PARAMETER
+from quarot_fx.legalize import legalize
 from quarot_fx.store import WeightStore, expression
 
 if TYPE_CHECKING:
@@ -75,7 +76,7 @@ class Program:
                 FakeTensorProp(module, FakeTensorMode(allow_non_fake_inputs=True)).propagate(*inputs)
         for node in module.graph.find_nodes(op="get_attr"):
             node.meta.setdefault(PARAMETER, str(node.target))
-        relax_views(module.graph)
+        legalize(module.graph)
         return cls(module)
 
     def constant(self, node: fx.Node, purpose: str, compute: Callable[[], torch.Tensor]) -> torch.Tensor:

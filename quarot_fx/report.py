@@ -133,7 +133,7 @@ def _passes_table(reports: list[PassReport]) -> Any:
     from rich.table import Table
 
     table = Table(title="passes", title_justify="left")
-    table.add_column("pass")
+    table.add_column("pass", no_wrap=True)
     for column in ("matched", "declined", "nodes", "weights", "seconds", "difference"):
         table.add_column(column, justify="right")
     for report in reports:

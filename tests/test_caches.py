@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from architectures import ARCHITECTURES
-from models import random_token_ids, tiny_model
+from models import random_token_ids
 from transformers import DynamicCache, StaticCache
 
 from quarot_fx.float64 import relative_difference

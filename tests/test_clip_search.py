@@ -6,9 +6,7 @@ from quarot_fx.config import QuantScheme
 from quarot_fx.errors import GroupSizeError
 from quarot_fx.ops import dequantize, quantize_asymmetric, quantize_symmetric
 
-SEARCHED = [
-    (bits, group, symmetric) for bits in (2, 4, 8) for group in (None, 16) for symmetric in (True, False)
-]
+SEARCHED = [(bits, group, symmetric) for bits in (2, 4, 8) for group in (None, 16) for symmetric in (True, False)]
 
 
 def weight(rows: int = 40, size: int = 64, dtype: torch.dtype = torch.float32) -> torch.Tensor:

@@ -161,9 +161,7 @@ def test_mixture_of_experts():
     compiled = torch.compile(model, backend=backend, fullgraph=True)
     tokens = torch.randint(0, 64, (2, 7))
     with torch.no_grad():
-        torch.testing.assert_close(
-            compiled(tokens, use_cache=False).logits, model(tokens, use_cache=False).logits
-        )
+        torch.testing.assert_close(compiled(tokens, use_cache=False).logits, model(tokens, use_cache=False).logits)
     ((gm, captured),) = backend.graphs
     assert captured
     assert not mutations(gm)

@@ -41,9 +41,7 @@ def test_schema_fake_and_tracing_agree_with_the_reference(declaration: OpDeclara
 def test_compiled_op_equals_the_reference(declaration: OpDeclaration) -> None:
     for args in declaration.inputs(torch.Generator().manual_seed(0)):
         torch.compiler.reset()
-        compiled = torch.compile(
-            lambda *args: declaration.overload(*args), backend="aot_eager", fullgraph=True
-        )
+        compiled = torch.compile(lambda *args: declaration.overload(*args), backend="aot_eager", fullgraph=True)
         expected = declaration.reference(*args)
         torch.testing.assert_close(compiled(*args), expected, rtol=0, atol=0, equal_nan=True)
 
@@ -134,9 +132,7 @@ def test_a_value_that_is_not_finite_shows_in_its_group_only(value: float) -> Non
         torch.testing.assert_close(decoded[0, 4:], torch.ones(4))
 
 
-@pytest.mark.parametrize(
-    ("dtype", "scale_dtype"), [(torch.bfloat16, torch.float32), (torch.float64, torch.float64)]
-)
+@pytest.mark.parametrize(("dtype", "scale_dtype"), [(torch.bfloat16, torch.float32), (torch.float64, torch.float64)])
 def test_scales_are_float32_at_least(dtype: torch.dtype, scale_dtype: torch.dtype) -> None:
     x = torch.ones(2, 8, dtype=dtype)
     assert ops.quantize_symmetric(x, 4)[1].dtype == scale_dtype

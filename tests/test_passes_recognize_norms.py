@@ -65,7 +65,6 @@ def test_layer_norm_without_some_of_its_parts(options):
     assert report.matched == 1
 
 
-@pytest.mark.xfail(strict=True, reason="the direction of the mean is rounded to the type of the activations")
 def test_layer_norm_whose_mean_direction_is_no_binary_fraction():
     apply(RecognizeNorms(), captured(nn.LayerNorm(12), tokens(2, 12)), tokens(2, 12))
 

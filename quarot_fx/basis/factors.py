@@ -44,7 +44,7 @@ class Factors:
         """Make two row-major products of factors equal, splitting where one is finer than the other.
 
         Returns:
-            False, and nothing changes, if the boundaries do not nest (6 = 2 x 3 against 3 x 2).
+            False if the boundaries do not nest (6 = 2 x 3 against 3 x 2). Factors may be split then, never wrongly.
         """
         left, right = self.leaves(left), self.leaves(right)
         if not _nest([self._size[x] for x in left], [self._size[x] for x in right]):
@@ -57,6 +57,10 @@ class Factors:
                 b.extend(reversed(self.leaves([y])))
             elif self._size[x] == self._size[y]:
                 self._parent[y] = x
+            elif max(self._size[x], self._size[y]) % min(self._size[x], self._size[y]):
+                return (
+                    False  # a factor that occurs twice was split at its first place, and so moved the boundaries here
+                )
             elif self._size[x] > self._size[y]:
                 a.extend(reversed(self._split(x, self._size[y])))
                 b.append(y)
