@@ -364,7 +364,7 @@ class _Functionalizer:
 
     def _write_inputs(self) -> tuple[str, ...]:
         """Insert the epilogue and return the names of the inputs that it writes."""
-        output = next(reversed(self.graph.nodes))
+        (output,) = self.graph.find_nodes(op="output")
         mutated = [
             (node, alias)
             for node, alias in self.aliases.items()

