@@ -5,6 +5,7 @@ A scale below the one that reaches the largest magnitude clips a few values and 
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import torch
@@ -22,6 +23,10 @@ from quarot_fx.ops.affine import (
 
 RATIOS = tuple(1 - step / 100 for step in range(80))
 ERROR_NORM = 2.4
+# Elements searched at a time. On a CPU no operator splits so few over threads: threads that meet after every operator
+# are thirty times slower as soon as anything else runs on the machine, and the chunk stays in a core's cache.
+CPU_CHUNK = 2**15
+GPU_CHUNK = 2**24
 
 
 @torch.no_grad()
@@ -57,9 +62,11 @@ def search_clip(weight: Tensor, bits: int, group: int | None, symmetric: bool) -
         [..., n / group]: the ratio, the largest where several are equally good; at least float32.
     """
     groups = split_groups(weight, group_count(weight, group))
-    rows = groups.flatten(0, -2)
-    chunks = rows.split(max(1, _chunk_size(weight.device) // rows.shape[-1]))
-    best = [_best_steps(chunk.to(torch.float32), bits, symmetric) for chunk in chunks]
+    rows = groups.detach().flatten(0, -2)  # the threads below do not know of no_grad
+    on_cpu = weight.device.type == "cpu"
+    chunks = rows.split(max(1, (CPU_CHUNK if on_cpu else GPU_CHUNK) // rows.shape[-1]))
+    with ThreadPoolExecutor(torch.get_num_threads() if on_cpu else 1) as pool:
+        best = list(pool.map(lambda chunk: _best_steps(chunk.to(torch.float32), bits, symmetric), chunks))
     dtype = torch.promote_types(weight.dtype, torch.float32)
     ratios = torch.tensor(RATIOS, dtype=dtype, device=weight.device)
     return ratios[torch.cat(best)].reshape(groups.shape[:-1])
@@ -82,8 +89,3 @@ def _best_steps(rows: Tensor, bits: int, symmetric: bool) -> Tensor:
         error.square_().log2_().mul_(ERROR_NORM / 2).exp2_()  # |error|^2.4, at half the cost of pow
         torch.sum(error, -1, out=total).mul_(ratio**ERROR_NORM)
     return errors.argmin(0)
-
-
-def _chunk_size(device: torch.device) -> int:
-    """Return how many elements to search at a time, for the working set to stay in the cores' caches."""
-    return 2**16 * torch.get_num_threads() if device.type == "cpu" else 2**24

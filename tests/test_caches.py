@@ -37,9 +37,9 @@ def generate(model, cache, ids, prompt=PROMPT):
     return torch.cat(logits, dim=1), [tensor for layer in cache.layers for tensor in (layer.keys, layer.values)]
 
 
-def assert_decodes_as_eager(row, kind, **options):
+def assert_decodes_as_eager(row, kind, length=LENGTH, **options):
     model = row.build()
-    ids = random_token_ids(BATCH, LENGTH)
+    ids = random_token_ids(BATCH, length)
     expected, expected_cache = generate(model, CACHES[kind](model.config), ids)
     logits, cache = generate(compile_model(model, stop_after="rotate", **options), CACHES[kind](model.config), ids)
     assert relative_difference([logits], [expected]) < 1e-4
@@ -60,7 +60,12 @@ def test_static_cache(row, graphs):
 
 @pytest.mark.parametrize("row", ARCHITECTURES, ids=lambda row: row.model_type)
 def test_dynamic_cache(row, graphs):
-    assert_decodes_as_eager(row, "dynamic")
+    assert_decodes_as_eager(row, "dynamic", length=PROMPT + 1)
+    assert graphs() == 2
+
+
+def test_dynamic_cache_grows_without_recompiling(graphs):
+    assert_decodes_as_eager(BY_NAME["llama"], "dynamic", length=PROMPT + 6)
     assert graphs() == 3  # prefill, the first decode step, and one for every length after it
 
 
@@ -83,15 +88,15 @@ def test_nested_backends(kind, nested):
 def test_four_bits_decode_token_by_token_as_at_once(name, kind):
     """Weights, tokens, and keys and values of a token are rounded the same, however many tokens come at a time.
 
-    In float64 the order of a sum changes it by 1e-16, so that nothing is near enough to a tie to be rounded
-    differently; a rounding that differed would change logits by far more than this allows.
+    In float64 the order of a sum changes it by 1e-16, and where a model casts to float32 a few values by 1e-7. So
+    nothing is near enough to a tie to be rounded differently: one 4-bit code that differs changes logits by 1e-3.
     """
     model = BY_NAME[name].build().double()
     ids = random_token_ids(BATCH, LENGTH)
     compiled = compile_model(model, dynamic=True if kind == "dynamic" else None)
     at_once, _ = generate(compiled, CACHES[kind](model.config), ids, prompt=LENGTH)
     by_token, _ = generate(compiled, CACHES[kind](model.config), ids, prompt=1)
-    assert relative_difference([by_token], [at_once]) < 1e-9
+    assert relative_difference([by_token], [at_once]) < 1e-6
 
 
 def test_a_cache_changes_nothing_but_the_weights_of_values():
@@ -102,4 +107,4 @@ def test_a_cache_changes_nothing_but_the_weights_of_values():
     with torch.no_grad():
         without_cache = compiled(ids, use_cache=False).logits
     with_cache, _ = generate(compiled, CACHES["static"](model.config), ids)
-    assert relative_difference([with_cache], [without_cache]) < 1e-9
+    assert relative_difference([with_cache], [without_cache]) < 1e-6

@@ -43,7 +43,7 @@ def test_search_clips_an_outlier() -> None:
 def test_chunks_do_not_change_the_result(symmetric: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     w = weight(50, 64)
     whole = search_clip(w, 4, 16, symmetric)
-    monkeypatch.setattr("quarot_fx.clip_search._chunk_size", lambda device: 16 * 7)
+    monkeypatch.setattr("quarot_fx.clip_search.CPU_CHUNK", 16 * 7)
     assert torch.equal(search_clip(w, 4, 16, symmetric), whole)
 
 

@@ -35,7 +35,7 @@ def explain(
     network, _ = load_model(model)
     token_ids = torch.arange(tokens)[None] % network.get_input_embeddings().weight.shape[0]
     rewritten = quarot_fx.rewrite(
-        network, {"input_ids": token_ids, "use_cache": False}, stop_after=stop_after, **options
+        network, {"input_ids": token_ids, "use_cache": False}, stop_after=stop_after, **{"check": True, **options}
     )
     Console().print(rewritten.quarot)
     if json_file:
