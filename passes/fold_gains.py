@@ -55,11 +55,11 @@ def gain_of(node: fx.Node, constants: Constants) -> fx.Node | None:
     operands = argument_nodes(node)
     if len(operands) != 2 or not all(map(is_tensor, (node, *operands))):
         return None
-    size = node.meta["val"].shape[-1:].numel()
     for gain, x in (operands, operands[::-1]):
-        spans = gain.meta["val"].numel() == size > 1 and gain.meta["val"].shape[-1:] == x.meta["val"].shape[-1:]
-        if spans and gain in constants and x not in constants:
-            return gain
+        if gain in constants and x not in constants:  # asked first: comparing symbolic sizes would add guards
+            size, spanned = gain.meta["val"].shape[-1:].numel(), x.meta["val"].shape[-1:]
+            is_vector = gain.meta["val"].numel() == size > 1
+            return gain if is_vector and all(isinstance(s, int) and s == size for s in spanned) else None
     return None
 
 

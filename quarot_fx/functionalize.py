@@ -124,7 +124,8 @@ class _Functionalizer:
         buffers: dict[Any, fx.Node] = {}
         for node in self.graph.nodes:
             if node.op == "get_attr" and isinstance(tensor := stored_tensor(node), torch.Tensor):
-                node.meta.setdefault("val", fake_mode.from_tensor(tensor, static_shapes=True))
+                # The tracer's own value for a constant may belong to another fake mode, and modes do not mix.
+                node.meta["val"] = fake_mode.from_tensor(tensor, static_shapes=True)
             source = buffers.setdefault(node.target, node) if node.op == "get_attr" else viewed(node)
             if node.op == "output":
                 for result in node.all_input_nodes:
