@@ -12,3 +12,13 @@ def graphs():
     counters.clear()
     yield lambda: counters["stats"]["unique_graphs"]
     torch._dynamo.reset()
+
+
+@pytest.fixture
+def fresh_dynamo():
+    """Seed, forget what was compiled and counted, and run the test without gradients."""
+    torch.manual_seed(0)
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    with torch.no_grad():
+        yield

@@ -28,7 +28,7 @@ TINY = {
     "eos_token_id": 2,
 }
 # What each architecture needs besides, or calls by a name of its own.
-ARCHITECTURES: dict[str, dict[str, Any]] = {
+SPECIFICS: dict[str, dict[str, Any]] = {
     "llama": {},
     "mistral": {},
     "qwen2": {},
@@ -51,7 +51,7 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
 
 def tiny_model(model_type: str, seed: int = 0, **config: Any) -> PreTrainedModel:
     """A random float32 model in evaluation mode. No gain is 1 and no bias 0: those would hide mistakes."""
-    settings = {**TINY, **ARCHITECTURES[model_type], **config}
+    settings = {**TINY, **SPECIFICS[model_type], **config}
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **settings)).float().eval()
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():

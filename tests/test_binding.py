@@ -26,13 +26,7 @@ class Block(nn.Module):
         return x + self.down(F.silu(self.up(self.norm(x))))
 
 
-@pytest.fixture(autouse=True)
-def fresh_dynamo():
-    torch.manual_seed(0)
-    torch._dynamo.reset()
-    torch._dynamo.utils.counters.clear()
-    with torch.no_grad():
-        yield
+pytestmark = pytest.mark.usefixtures("fresh_dynamo")
 
 
 def compiled(module, options=EXACT, **kwargs):

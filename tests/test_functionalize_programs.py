@@ -5,6 +5,7 @@ import torch
 from captures import check, epilogue, mutations, range_tensor, targets, trace
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from models import tiny_model
 from torch import fx
 
 from quarot_fx.aliasing import written_nodes
@@ -89,16 +90,6 @@ def test_any_program(steps, fresh):
 
 # -- models ----------------------------------------------------------------------------------------
 
-TINY = {
-    "hidden_size": 32,
-    "intermediate_size": 64,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "vocab_size": 64,
-    "max_position_embeddings": 64,
-}
-
 
 class Recorder:
     """A backend that functionalises and runs what it is given."""
@@ -120,16 +111,9 @@ def _fresh_dynamo():
     torch._dynamo.reset()
 
 
-def tiny_model(name, **options):
-    transformers = pytest.importorskip("transformers")
-    torch.manual_seed(0)
-    config = getattr(transformers, f"{name}Config")(**TINY, **options)
-    return getattr(transformers, f"{name}ForCausalLM")(config).eval()
-
-
 @pytest.mark.parametrize("dynamic", [False, True])
 def test_decode_step_with_a_static_cache(dynamic):
-    model = tiny_model("Llama")
+    model = tiny_model("llama")
     from transformers import StaticCache
 
     backend = Recorder()
@@ -156,7 +140,7 @@ def test_decode_step_with_a_static_cache(dynamic):
 
 
 def test_mixture_of_experts():
-    model = tiny_model("Mixtral", num_local_experts=4, num_experts_per_tok=2)
+    model = tiny_model("mixtral")
     backend = Recorder()
     compiled = torch.compile(model, backend=backend, fullgraph=True)
     tokens = torch.randint(0, 64, (2, 7))
