@@ -56,8 +56,8 @@ class PlaceRotations(Pass):
             if candidate.worth
             for _, position in analysis.positions(candidate.axis)
         ]
-        cuts = cheapest_bases(analysis, wants)
         heads = {factor for c in candidates if c.kind != "linear" for factor, _ in analysis.positions(c.axis)}
+        cuts = cheapest_bases(analysis, [*wants, *_wants_of_writers(program.graph, analysis, heads)])
         transforms = [
             transform
             for cut in cuts
@@ -97,6 +97,18 @@ def _candidates(graph: fx.Graph, analysis: Analysis, config: QuarotConfig) -> It
         if (wanted.k_bits if read.kind == "key" else wanted.v_bits) != UNQUANTIZED_BITS:
             use = analysis.uses[read.user, read.place]
             yield Candidate(read.kind, read.user, module_path(read.user), use.axis(read.dim), REQUIRED)
+
+
+def _wants_of_writers(graph: fx.Graph, analysis: Analysis, heads: set[int]) -> Iterator[Want]:
+    """Yield wants of the linear layers that write keys and values, to be rotated wherever attention can be.
+
+    Without a cache that costs nothing. A cache of the caller's pins what enters it, and one small transform of the new
+    tokens is the price for the same rounded weights in all graphs of a model, with a cache and without one.
+    """
+    for linear in linear_likes(graph):
+        for factor, position in analysis.positions(analysis.results[linear.node][0].axis(-1)):
+            if factor in heads:
+                yield Want(position, REQUIRED)
 
 
 def _rotation(cut: FactorCut, is_head_dim: bool, config: QuarotConfig) -> Rotation:
