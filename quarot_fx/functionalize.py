@@ -123,9 +123,9 @@ class _Functionalizer:
         fake_mode = fake_mode_of(self.graph)
         buffers: dict[Any, fx.Node] = {}
         for node in self.graph.nodes:
-            if node.op == "get_attr" and isinstance(tensor := stored_tensor(node), torch.Tensor):
-                # The tracer's own value for a constant may belong to another fake mode, and modes do not mix.
-                node.meta["val"] = fake_mode.from_tensor(tensor, static_shapes=True)
+            is_stored = node.op == "get_attr" and isinstance(stored_tensor(node), torch.Tensor)
+            if is_stored and getattr(node.meta.get("val"), "fake_mode", None) is not fake_mode:  # modes do not mix
+                node.meta["val"] = fake_mode.from_tensor(stored_tensor(node), static_shapes=True)
             source = buffers.setdefault(node.target, node) if node.op == "get_attr" else viewed(node)
             if node.op == "output":
                 for result in node.all_input_nodes:
