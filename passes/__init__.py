@@ -1,5 +1,7 @@
 """Graph passes, one a file. Each is a small frozen dataclass that runs alone or in a pipeline.
 
-``base``      the contract
-``pipeline``  the default order, pipelines as text, and running them
+``base``       the contract
+``pipeline``   the default order, pipelines as text, and running them
+``readers``    who reads a tensor's last axis: shared by the passes that fold
+``quantized``  the nodes between real numbers and codes: shared by the passes that quantise
 """
