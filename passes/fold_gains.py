@@ -33,7 +33,7 @@ class FoldGains(Pass):
             if gain is None:
                 continue
             x = next(operand for operand in argument_nodes(node) if operand is not gain)
-            into = readers.of(node)
+            into = readers.of(node, through_scalings=True)
             writer = _writer(x, readers)
             if not isinstance(into, Blocked):
                 for linear in into:

@@ -139,7 +139,7 @@ class Analysis:
             else is_float(result.node)
             for result in op.results
         )
-        rule = rules().get(str(node.target)) if computes else None
+        rule = rules().get(str(node.target)) if computes or not op.uses else None
         if rule is not None:
             rule(op)
             return
