@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections import Counter, defaultdict
-from collections.abc import Hashable, Iterable, Iterator
+from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
@@ -12,6 +12,7 @@ from torch import fx
 from quarot_fx.attention import reads_of_keys_and_values
 from quarot_fx.basis.analysis import Analysis, Position
 from quarot_fx.basis.cut import IF_FREE, NOTHING, REQUIRED, FactorCut, Want, cheapest_bases, transform_cost
+from quarot_fx.basis.joining import join_adjacent
 from quarot_fx.basis.operator import Axis, Tensor
 from quarot_fx.basis.plan import RotationPlan, Site, Transform
 from quarot_fx.config import UNQUANTIZED_BITS, QuarotConfig
@@ -58,11 +59,11 @@ class PlaceRotations(Pass):
         ]
         heads = {factor for c in candidates if c.kind != "linear" for factor, _ in analysis.positions(c.axis)}
         cuts = cheapest_bases(analysis, [*wants, *_wants_of_writers(program.graph, analysis, heads)])
-        transforms = merge_neighbours(
+        transforms = [
             transform
-            for cut in cuts
+            for cut in join_adjacent(cuts)
             for transform in _transforms(cut, analysis, _rotation(cut, cut.factor in heads, self.config))
-        )
+        ]
         sites = tuple(_site(candidate, analysis, cuts) for candidate in candidates)
         for candidate, site in zip(candidates, sites, strict=True):
             report.matched += site.rotated != "no"
@@ -139,32 +140,6 @@ def _transforms(cut: FactorCut, analysis: Analysis, rotation: Rotation) -> Itera
             where=module_path(_user(uses[0])),
             why=crossing.why,
         )
-
-
-def merge_neighbours(transforms: Iterable[Transform]) -> list[Transform]:
-    """Join transforms of neighbouring factors of one axis: ``H_8 x H_2`` of a head that RoPE sees as pairs is ``H_16``.
-
-    Only plain Hadamards of powers of two join: Sylvester's construction is a Kronecker product at every split.
-    """
-    by_edge: dict[Hashable, list[Transform]] = defaultdict(list)
-    for new in transforms:
-        edge = by_edge[new.node, new.dim, new.inverse, new.uses]
-        for place, old in enumerate(edge):
-            joined = _joined(new, old) or _joined(old, new)
-            if joined is not None:
-                edge[place] = joined
-                break
-        else:
-            edge.append(new)
-    return [transform for edge in by_edge.values() for transform in edge]
-
-
-def _joined(outer: Transform, inner: Transform) -> Transform | None:
-    left, right = Rotation.parse(outer.rotation), Rotation.parse(inner.rotation)
-    is_plain = all(r.kind == "hadamard" and r.order & (r.order - 1) == 0 for r in (left, right))
-    if not is_plain or outer.inner != inner.inner * right.order:
-        return None
-    return replace(inner, rotation=str(Rotation("hadamard", left.order * right.order)))
 
 
 def _user(use: Tensor) -> fx.Node:

@@ -252,6 +252,18 @@ def _(new, a, b, c, d):
     yield new(a, b, c), 1
 
 
+@inputs(aten.hstack.default)
+def _(new, a, b, c, d):
+    yield ([new(a, b, c), new(a, d, c)],)
+    yield ([new(a), new(b)],)
+
+
+@inputs(aten.copy_.default)
+def _(new, a, b, c, d):
+    yield new(a, b), new(a, b)
+    yield new(a, b), new(b)
+
+
 @inputs(aten.cat.default, aten.concat.default, aten.concatenate.default)
 def _(new, a, b, c, d):
     yield [new(a, b, d), new(a, c, d)], 1

@@ -23,7 +23,7 @@ from quarot_fx.basis.rules import rules
 BARRIERS = {
     *(name for name, rule in rules().items() if rule.__name__ in ("non_linear", "choice")),
     *("aten.add.Scalar", "aten.sub.Scalar", "aten.rsub.Scalar", "aten.flip.default", "aten.roll.default"),
-    *("aten.ones.default", "aten.full.default"),
+    *("aten.ones.default", "aten.full.default", "aten.copy_.default"),
 }
 
 
