@@ -119,6 +119,8 @@ class Analysis:
         for use in op.uses:
             if FROZEN in use.node.meta:
                 op.barrier(use.node.meta[FROZEN], [use, *self.results[use.node]])
+            elif not is_float(use.node):
+                op.barrier("reads integers", [use])
         self._ties += op.ties
         self._pins += op.pins
 
