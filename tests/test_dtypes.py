@@ -15,11 +15,13 @@ from quarot_fx.float64 import relative_difference
 IDS = random_token_ids(2, 10)
 HALVES = {torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}  # unit roundoff
 
+DTYPES = [torch.bfloat16, pytest.param(torch.float16, marks=pytest.mark.slow)]
+
 pytestmark = pytest.mark.usefixtures("fresh_dynamo")
 
 
 @pytest.mark.parametrize("name", ["llama", pytest.param("gpt2", marks=pytest.mark.slow)])
-@pytest.mark.parametrize("dtype", HALVES, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_rotated_model_is_as_near_to_the_exact_one_as_eager_is(name, dtype):
     model = tiny_model(name).to(dtype)
     exact = tiny_model(name).to(dtype).double()(IDS, use_cache=False).logits
@@ -31,7 +33,7 @@ def test_rotated_model_is_as_near_to_the_exact_one_as_eager_is(name, dtype):
     assert error < 10 * HALVES[dtype]
 
 
-@pytest.mark.parametrize("dtype", HALVES, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_stream_keeps_its_dtype(dtype):
     """Every linear layer reads what it reads in eager; norms alone are wider."""
     gm = quarot_fx.rewrite(tiny_model("llama").to(dtype), {"input_ids": IDS, "use_cache": False})
@@ -40,7 +42,7 @@ def test_stream_keeps_its_dtype(dtype):
     assert {node.meta["val"].dtype for node in linears} == {dtype}
 
 
-@pytest.mark.parametrize("dtype", HALVES, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_four_bits(dtype):
     model = tiny_model("llama").to(dtype)
     logits = compile_model(model)(IDS, use_cache=False).logits

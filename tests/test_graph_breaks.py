@@ -57,7 +57,7 @@ def test_rotation_alone_changes_nothing(middle, graphs):
     assert graphs() > 1
 
 
-@pytest.mark.parametrize("middle", MIDDLES)
+@pytest.mark.parametrize("middle", ["branch", pytest.param("item", marks=pytest.mark.slow)])
 def test_four_bits(middle):
     model = fill(Broken(MIDDLES[middle]))
     result = compiled(model)(IDS)
