@@ -19,6 +19,7 @@ from quarot_fx.graph import PARAMETER, unused_name
 from quarot_fx.legalize import legalize
 from quarot_fx.program import Program, copy_graph_module
 from quarot_fx.store import WeightStore
+from quarot_fx.vmap import write_out_vmaps
 
 INPUT = "quarot_input"  # placeholder.meta[INPUT]: its place among the arguments of the captured graph
 
@@ -62,7 +63,7 @@ def capture(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Captured:
     """
     placeholders = list(gm.graph.find_nodes(op="placeholder"))
     try:
-        graph_module = _trace(gm, [node.meta["example_value"] for node in placeholders])
+        graph_module = _trace(write_out_vmaps(gm), [node.meta["example_value"] for node in placeholders])
         functionalize(graph_module)
         legalize(graph_module.graph)
     except (QuarotError, RestartAnalysis):  # the latter is Dynamo's own, to trace again
