@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
 from decoder_grammar import Program
-from decoder_grammar.program import Capture
+from decoder_grammar.program import Capture, Module
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from torch import Tensor, fx
@@ -21,6 +22,7 @@ from quarot_fx.passes.pipeline import build_pipeline, run_pipeline
 from quarot_fx.program import Program as Rewritten
 
 TOLERANCE = 1e-9
+LOOSE = 1e-4  # where the program itself casts to float32 and nobody widens that
 EXPLORES = int(os.environ.get("QUAROT_FUZZ", 0))  # examples, with seeds of their own; otherwise always the same few
 CONFIGS = st.fixed_dictionaries(
     {
@@ -67,6 +69,22 @@ def check_quantized(program: Program, options: Mapping[str, Any]) -> None:
     check_runs(run_pipeline(capture.bound(), build_pipeline(config)), capture)
 
 
+def check_compiled(program: Program, options: Mapping[str, Any]) -> None:
+    """Check the backend as a whole: in float64, a compiled module gives what the module gives, and writes it too."""
+    program = replace(program, dtype=torch.float64)
+    torch._dynamo.reset()
+    results = []
+    for compiled in (False, True):
+        module = Module(program).eval()
+        given = {name: tensor for name, tensor in program.tensors().items() if not name.startswith("weight")}
+        settings = {**options, "stop_after": "rotate", "nested_backend": "eager"}
+        forward = torch.compile(module, backend="quarot", options=settings) if compiled else module
+        with torch.no_grad():
+            outputs = [output.clone() for output in forward(given)]
+        results.append([*outputs, *given.values(), *module.parameters()])
+    assert_close(results[1], results[0], LOOSE)
+
+
 def check_runs(rewritten: Rewritten, capture: Capture) -> None:
     """Check that a rewritten graph runs in its own dtypes, and that its outputs are finite where they were before."""
     with torch.no_grad():
@@ -100,10 +118,10 @@ class _Recorder(Float64Interpreter):
         return self.inputs[target]
 
 
-def assert_close(actual: list[Tensor], expected: list[Tensor]) -> None:
+def assert_close(actual: list[Tensor], expected: list[Tensor], tolerance: float = TOLERANCE) -> None:
     for a, e in zip(actual, expected, strict=True):
         assert (a.shape, a.dtype) == (e.shape, e.dtype)
         if e.is_floating_point():
-            assert (a - e).norm() <= TOLERANCE * e.norm().clamp_min(1), f"off by {(a - e).norm() / e.norm():.0e}"
+            assert (a - e).norm() <= tolerance * e.norm().clamp_min(1), f"off by {(a - e).norm() / e.norm():.0e}"
         else:
             assert torch.equal(a, e)
