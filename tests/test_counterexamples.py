@@ -8,7 +8,7 @@ import pytest
 import torch
 from decoder_grammar.trap_writes import write
 from graphs import WIDTH, Lambda, captured, difference, linear, rms_norm, tokens
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from quarot_fx.config import QuarotConfig
@@ -91,9 +91,17 @@ def mean_of_a_wider_type(m: Lambda, x: Tensor) -> Tensor:
 # -- rules -----------------------------------------------------------------------------------------
 
 
-@case(first=linear(WIDTH), second=linear(WIDTH))
+class Numbers(nn.Module):
+    """A buffer of integers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("numbers", torch.arange(3 * WIDTH).reshape(3, WIDTH))
+
+
+@case(stored=Numbers(), first=linear(WIDTH), second=linear(WIDTH))
 def integers_added(m: Lambda, x: Tensor) -> Tensor:
-    return m.second(m.first(x) + torch.tensor([range(WIDTH)] * 3))
+    return m.second(m.first(x) + m.stored.numbers)
 
 
 # -- operators that write in place and that nobody knows -------------------------------------------
