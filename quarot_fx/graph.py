@@ -118,6 +118,14 @@ def after(node: fx.Node) -> fx.Node:
     return nearest
 
 
+def hoist(constant: fx.Node, before: fx.Node) -> None:
+    """Move a constant to where a node that comes earlier can read it, with all that it is made of."""
+    if constant > before:
+        for source in constant.all_input_nodes:
+            hoist(source, before)
+        before.prepend(constant)
+
+
 class Constants:
     """The nodes whose value depends on parameters and other stored tensors only, never on an input.
 

@@ -105,7 +105,7 @@ def rotary(m: Scope, x: Tensor, *, partial: bool, order: Literal["halves", "pair
         y = torch.stack((even * cos - odd * sin, even * sin + odd * cos), -1).flatten(-2)
     else:
         turn = torch.polar(torch.ones_like(angles).float(), angles.float())
-        pairs = torch.view_as_complex(y.float().reshape(*y.shape[:-1], -1, 2).contiguous())
+        pairs = torch.view_as_complex(y.float().reshape(*y.shape[:-1], -1, 2).clone(memory_format=torch.contiguous_format))
         y = torch.view_as_real(pairs * turn).flatten(-2).to(x.dtype)
     return torch.cat((y, rest), -1) if rest.shape[-1] else y
 

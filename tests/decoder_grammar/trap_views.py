@@ -127,7 +127,7 @@ def diagonal(m: Scope, x: Tensor) -> Tensor:
 @production(Trap)
 def bits_cast(m: Scope, x: Tensor, *, to: Literal["complex", "half", "double", "type_as", "like"]) -> Tensor:
     if to == "complex" and x.shape[-1] % 2 == 0 and x.dtype != torch.bfloat16:
-        pairs = torch.view_as_complex(x.reshape(*x.shape[:-1], -1, 2).contiguous())
+        pairs = torch.view_as_complex(x.reshape(*x.shape[:-1], -1, 2).clone(memory_format=torch.contiguous_format))
         return torch.view_as_real(pairs * 1j).flatten(-2)
     if to == "type_as":
         return x.double().type_as(x)
