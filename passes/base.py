@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 from torch import fx
+from torch.export import ExportedProgram
 
 from quarot_fx.config import QuarotConfig
 from quarot_fx.program import Program, drop_unused_tensors
@@ -19,7 +20,7 @@ from quarot_fx.report import PassReport
 class Pass(ABC):
     """A graph pass.
 
-    Use one alone on any FX graph of ATen operators, ``FoldGains()(graph_module)``, or put it in a pipeline.
+    Use one alone on any FX graph, ``FoldGains()(graph_module)``, or put it in a pipeline.
 
     Attributes:
         config: options; a pass reads those that concern it.
@@ -40,11 +41,11 @@ class Pass(ABC):
     def run(self, program: Program, report: PassReport) -> None:
         """Rewrite a program in place, and say in the report what matched and what was declined."""
 
-    def __call__(self, state: Program | fx.GraphModule, *inputs: Any) -> Program:
+    def __call__(self, state: Program | fx.GraphModule | ExportedProgram, *inputs: Any) -> Program:
         """Return a rewritten copy; ``state`` stays as it is.
 
         Args:
-            state: a program or a graph module of ATen operators.
+            state: a program, an exported program, or a graph module of any origin.
             inputs: example inputs, where the graph has no fake values.
         """
         program = Program.of(state, *inputs)

@@ -28,7 +28,7 @@ class QuantizeCaches(Pass):
 
     def run(self, program: Program, report: PassReport) -> None:
         constants = Constants(program.graph)
-        made: dict[tuple[fx.Node, QuantScheme], fx.Node] = {}
+        made: dict[tuple[fx.Node, int, QuantScheme], fx.Node] = {}
         for read in list(reads_of_keys_and_values(program.graph)):
             scheme = self.config.key_scheme if read.kind == "key" else self.config.value_scheme
             where = module_path(read.user)
@@ -37,19 +37,18 @@ class QuantizeCaches(Pass):
             if scheme.bits == UNQUANTIZED_BITS:
                 report.decline(where, f"{read.kind[0]}_bits=16 asks to leave {read.kind}s alone")
                 continue
-            if user is read.user and read.dim != -1:
-                report.decline(where, f"{read.kind}s are read with head_dim not last, by {user.target}")
-                continue
             if x in constants:
                 report.decline(where, f"{read.kind}s are constant")
                 continue
-            size = x.meta["val"].shape[-1]
+            dim = read.dim if user is read.user else -1
+            size = x.meta["val"].shape[dim]
             if scheme.group is not None and size % scheme.group:
                 raise GroupSizeError(
                     option="kv_group", group=scheme.group, size=size, where=f"a {read.kind} of {where}"
                 )
-            if (x, scheme) not in made:
+            if (x, dim, scheme) not in made:
+                insert = Inserter(program.graph, self.name, read.user)
                 with program.graph.inserting_before(after(x)):
-                    made[x, scheme] = insert_quantized(Inserter(program.graph, self.name, read.user), x, scheme)
-            replace_arguments(user, {place: made[x, scheme]})
+                    made[x, dim, scheme] = insert_quantized(insert, x, scheme, dim)
+            replace_arguments(user, {place: made[x, dim, scheme]})
             report.matched += 1

@@ -14,11 +14,14 @@ from quarot_fx.float64 import evaluate
 from quarot_fx.graph import Inserter
 from quarot_fx.program import Program
 
-quarot = torch.ops.quarot
+aten, quarot = torch.ops.aten, torch.ops.quarot
 
 
-def insert_quantized(insert: Inserter, x: fx.Node, scheme: QuantScheme) -> fx.Node:
-    """Insert ``dequantize(quantize(x))`` over the last axis and return its node."""
+def insert_quantized(insert: Inserter, x: fx.Node, scheme: QuantScheme, dim: int = -1) -> fx.Node:
+    """Insert ``dequantize(quantize(x))`` over one axis and return its node."""
+    if dim != -1:
+        last = insert.call(aten.transpose.int, x, dim, -1)
+        return insert.call(aten.transpose.int, insert_quantized(insert, last, scheme), dim, -1)
     quantize = quarot.quantize_symmetric.default if scheme.symmetric else quarot.quantize_asymmetric.default
     parts = insert.call(quantize, x, scheme.bits, scheme.group, scheme.clip)
     codes, scale = insert.call(operator.getitem, parts, 0), insert.call(operator.getitem, parts, 1)

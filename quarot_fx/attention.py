@@ -13,7 +13,7 @@ from quarot_fx.graph import Constants, argument_nodes, is_tensor
 aten = torch.ops.aten
 FUSED = "aten.scaled_dot_product_attention.default"
 PRODUCTS = ("aten.matmul.default", "aten.bmm.default", "aten.baddbmm.default")
-SOFTMAX = ("aten.softmax.int", "aten._softmax.default")
+SOFTMAX = ("aten.softmax.int", "aten._softmax.default", "aten._safe_softmax.default")
 REACH = 16  # operators between the scores and the softmax (scale, cap, mask, casts), or after it, at most
 
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -62,14 +63,10 @@ def capture(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Captured:
             graph break and no message, so none of them gets out.
     """
     placeholders = list(gm.graph.find_nodes(op="placeholder"))
-    try:
-        graph_module = _trace(write_out_vmaps(gm), [node.meta["example_value"] for node in placeholders])
-        functionalize(graph_module)
-        legalize(graph_module.graph)
-    except (QuarotError, RestartAnalysis):  # the latter is Dynamo's own, to trace again
-        raise
-    except Exception as error:
-        raise CaptureError(where=_last_operator(error), reason=f"{type(error).__name__}: {error}") from error
+    values = [node.meta["example_value"] for node in placeholders]
+    with _failures_surfacing():
+        gm = write_out_vmaps(gm)
+    graph_module = trace(fx.Interpreter(gm).run, values)
     graph_module.meta.update(gm.meta)
     written = {node.args[0] for node in graph_module.graph.nodes if node.op == "call_function" and _writes(node)}
     parameters = {}
@@ -113,12 +110,31 @@ def source_name(placeholder: fx.Node) -> str:
     return name() if callable(name) else name  # a method until torch 2.12, a property since
 
 
-def _trace(gm: fx.GraphModule, values: list[Any]) -> fx.GraphModule:
+def trace(function: Callable[..., Any], values: Sequence[Any]) -> fx.GraphModule:
+    """Trace a function of fake values to a graph in our form.
+
+    Raises:
+        CaptureError: it cannot be traced.
+    """
     fake_modes = [value.fake_mode for value in values if isinstance(value, FakeTensor)]
     fake_mode = fake_modes[0] if fake_modes else FakeTensorMode(allow_non_fake_inputs=True)
-    run = fx.Interpreter(gm).run
-    with torch.no_grad(), fake_mode, fx.traceback.preserve_node_meta():
-        return make_fx(run, pre_dispatch=True, tracing_mode="real", _allow_non_fake_inputs=True)(*values)
+    with _failures_surfacing():
+        with torch.no_grad(), fake_mode, fx.traceback.preserve_node_meta():
+            traced = make_fx(function, pre_dispatch=True, tracing_mode="real", _allow_non_fake_inputs=True)(*values)
+        functionalize(traced)
+        legalize(traced.graph)
+        return traced
+
+
+@contextmanager
+def _failures_surfacing() -> Iterator[None]:
+    """Turn whatever goes wrong into our error."""
+    try:
+        yield
+    except (QuarotError, RestartAnalysis):  # the latter is Dynamo's own, to trace again
+        raise
+    except Exception as error:
+        raise CaptureError(where=_last_operator(error), reason=f"{type(error).__name__}: {error}") from error
 
 
 def _last_operator(error: Exception) -> str:
@@ -142,7 +158,8 @@ def _store(module: fx.GraphModule, placeholder: fx.Node, name: str, tensor: torc
     with module.graph.inserting_before(placeholder):
         node = module.graph.get_attr(attribute)
     node.meta = {**placeholder.meta, PARAMETER: name}
-    node._dynamo_source = placeholder._dynamo_source  # type: ignore[attr-defined]
+    if hasattr(placeholder, "_dynamo_source"):
+        node._dynamo_source = placeholder._dynamo_source
     placeholder.replace_all_uses_with(node)
     module.graph.erase_node(placeholder)
 

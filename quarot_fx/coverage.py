@@ -72,15 +72,20 @@ def _stored(graph: fx.Graph) -> Iterator[torch.Tensor]:
 
 
 def _weight_bits(weight: fx.Node) -> int:
-    if str(weight.target) == "aten.transpose.int":
-        weight = argument_nodes(weight)[0]
+    weight = _before_transposition(weight)
     if str(weight.target) != "quarot.dequantize.default":
         return UNQUANTIZED_BITS
     return argument_nodes(weight)[0].args[1]  # type: ignore[return-value]
 
 
 def _activation_bits(x: fx.Node) -> int:
+    x = _before_transposition(x)
     if str(x.target) != "quarot.dequantize.default":
         return UNQUANTIZED_BITS
     codes = argument_nodes(x)[0]
     return argument_nodes(codes)[0].args[1]  # type: ignore[return-value]
+
+
+def _before_transposition(node: fx.Node) -> fx.Node:
+    """Return what is quantised over an axis that is not the last one: it is transposed for that, and back."""
+    return argument_nodes(node)[0] if str(node.target) == "aten.transpose.int" else node

@@ -154,6 +154,12 @@ class NestedBackendError(QuarotError):
     )
 
 
+class GraphInputError(QuarotError, TypeError):
+    """An FX graph was given without what it takes to read it: example inputs, or weights that belong to it."""
+
+    template = "cannot rewrite this FX graph: {reason}. {remedy}"
+
+
 class NotOneGraphError(QuarotError):
     """``rewrite`` or ``explain`` was asked for one graph, and the model has another number of them."""
 

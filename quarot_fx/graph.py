@@ -127,13 +127,15 @@ def hoist(constant: fx.Node, before: fx.Node) -> None:
 
 
 class Constants:
-    """The nodes whose value depends on parameters and other stored tensors only, never on an input.
+    """The nodes whose value depends on parameters and other stored tensors only, never on an input or a cache.
 
     ``node in constants`` also answers for nodes that were inserted since.
     """
 
     def __init__(self, graph: fx.Graph) -> None:
         self._known: dict[fx.Node, bool] = {}
+        writes = graph.find_nodes(op="call_function", target=aten.copy_.default)
+        self._written = {node.args[0].target for node in writes if node.args[0].op == "get_attr"}
         for node in graph.nodes:  # in order, so that no recursion goes deep
             self._known[node] = self._decide(node)
 
@@ -146,7 +148,7 @@ class Constants:
         if FROZEN in node.meta:
             return False
         if node.op == "get_attr":
-            return is_tensor(node)
+            return is_tensor(node) and node.target not in self._written
         return (
             node.op == "call_function"
             and bool(node.all_input_nodes)

@@ -13,24 +13,26 @@ from torch import fx
 from quarot_fx.capture import INPUT, Captured, capture, source_name
 from quarot_fx.config import QuarotConfig
 from quarot_fx.coverage import cover
-from quarot_fx.errors import NotOneGraphError, QuarotError
+from quarot_fx.errors import GraphInputError, NotOneGraphError, QuarotError
+from quarot_fx.import_graph import import_graph
 from quarot_fx.passes.pipeline import build_pipeline, run_pipeline
 from quarot_fx.program import Program
 from quarot_fx.report import Report
 from quarot_fx.store import SHARED
 from quarot_fx.training import check_evaluation_mode
 
+Model = Callable[..., Any] | torch.export.ExportedProgram
 Inputs = torch.Tensor | Sequence[Any] | Mapping[str, Any]
 
 
-def rewrite(
-    model: Callable[..., Any], inputs: Inputs, *, stop_after: str | None = None, **options: Any
-) -> fx.GraphModule:
+def rewrite(model: Model, inputs: Inputs = (), *, stop_after: str | None = None, **options: Any) -> fx.GraphModule:
     """Return the rewritten graph of a model, as the backend would compile it.
 
     Args:
-        model: an ``nn.Module`` (a GraphModule and an exported program's module, too) or a function of one.
-        inputs: example inputs: a tensor, a tuple of positional arguments, or a dict of keyword arguments.
+        model: an ``nn.Module`` or a function of one, which Dynamo traces; or a graph: an exported program or an
+            ``fx.GraphModule``, which is taken as it is, symbolic sizes included.
+        inputs: example inputs: a tensor, a tuple of positional arguments, or a dict of keyword arguments. An exported
+            program, and a graph with fake values, need none unless ``check=True``.
         stop_after: name of the last pass to run; ``"rotate"`` gives an equal model in rotated bases.
         options: fields of :class:`~quarot_fx.config.QuarotConfig`.
 
@@ -41,6 +43,7 @@ def rewrite(
 
     Raises:
         NotOneGraphError: the model has graph breaks, or no parameters.
+        GraphInputError: a graph does not fit its inputs, or stores no weights.
     """
     config = QuarotConfig.from_options({**options, **({"stop_after": stop_after} if stop_after else {})})
     program = _rewritten(model, inputs, config)
@@ -48,7 +51,7 @@ def rewrite(
     return program.graph_module
 
 
-def explain(model: Callable[..., Any], inputs: Inputs, **options: Any) -> Report:
+def explain(model: Model, inputs: Inputs = (), **options: Any) -> Report:
     """Return what the backend does to a model: every pass, the rotation plan, every linear layer and cache.
 
     Takes the arguments of :func:`rewrite`. Runs every stage against the one before in float64, to report the largest
@@ -57,9 +60,15 @@ def explain(model: Callable[..., Any], inputs: Inputs, **options: Any) -> Report
     return cover(_rewritten(model, inputs, QuarotConfig.from_options({"check": True, **options})))
 
 
-def _rewritten(model: Callable[..., Any], inputs: Inputs, config: QuarotConfig) -> Program:
+def _rewritten(model: Model, inputs: Inputs, config: QuarotConfig) -> Program:
     passes = build_pipeline(config)
-    captured, arguments = capture_one_graph(model, inputs)
+    if isinstance(model, fx.GraphModule | torch.export.ExportedProgram):
+        captured, arguments = import_graph(model, *_as_given(inputs))
+        if not captured.parameters:
+            remedy = "Weights that are its inputs are not known to be any: give the exported program, or trace the module."
+            raise GraphInputError(reason="it stores no weights", remedy=remedy)
+    else:
+        captured, arguments = capture_one_graph(model, inputs)
     program = captured.bind(arguments, SHARED)
     places = [node.meta[INPUT] for node in program.graph.find_nodes(op="placeholder")]
     return run_pipeline(program, passes, [arguments[place] for place in places] if config.check else None)
@@ -107,16 +116,20 @@ def capture_graphs(model: Callable[..., Any], inputs: Inputs) -> list[tuple[Capt
 
 def _arguments(model: Callable[..., Any], inputs: Inputs) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Return inputs by name where forward has names for them, so that the graph's inputs can be called likewise."""
-    if isinstance(inputs, Mapping):
-        return (), dict(inputs)
-    args = (inputs,) if isinstance(inputs, torch.Tensor) else tuple(inputs)
-    if isinstance(model, fx.GraphModule):  # an exported one insists on how it was called
-        return args, {}
+    args, kwargs = _as_given(inputs)
+    if kwargs:
+        return args, kwargs
     forward = model.forward if isinstance(model, torch.nn.Module) else model
     parameters = list(inspect.signature(forward).parameters.values())[: len(args)]
     if len(parameters) == len(args) and all(p.kind is p.POSITIONAL_OR_KEYWORD for p in parameters):
         return (), {p.name: value for p, value in zip(parameters, args, strict=True)}
     return args, {}
+
+
+def _as_given(inputs: Inputs) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    if isinstance(inputs, Mapping):
+        return (), dict(inputs)
+    return (inputs,) if isinstance(inputs, torch.Tensor) else tuple(inputs), {}
 
 
 def _name_inputs(module: fx.GraphModule) -> None:

@@ -9,11 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import fx
-from torch._subclasses import FakeTensorMode
-from torch.fx.passes.fake_tensor_prop import FakeTensorProp
+from torch.export import ExportedProgram
 
-from quarot_fx.graph import PARAMETER
-from quarot_fx.legalize import legalize
 from quarot_fx.store import WeightStore, expression
 
 if TYPE_CHECKING:
@@ -53,12 +50,15 @@ class Program:
         return self.graph_module.graph
 
     @classmethod
-    def of(cls, state: Program | fx.GraphModule, *inputs: Any) -> Program:
-        """Make a program of an FX graph of ATen operators (or of a program: a private copy of it).
+    def of(cls, state: Program | fx.GraphModule | ExportedProgram, *inputs: Any) -> Program:
+        """Make a program of an FX graph (or of a program: a private copy of it).
 
         Args:
-            state: a program, or a graph module such as ``torch.export.export(...).module()`` or ``make_fx`` give.
+            state: a program, an exported program, or a graph module of any origin.
             inputs: example inputs; needed only where nodes have no fake values yet.
+
+        Raises:
+            GraphInputError: example inputs are missing or do not fit.
         """
         if isinstance(state, Program):
             module = copy_graph_module(state.graph_module)
@@ -70,14 +70,10 @@ class Program:
                 set(state.consumed),
                 state.original_bytes,
             )
-        module = copy_graph_module(state)
-        if any(node.op in ("placeholder", "call_function") and "val" not in node.meta for node in module.graph.nodes):
-            with torch.no_grad():
-                FakeTensorProp(module, FakeTensorMode(allow_non_fake_inputs=True)).propagate(*inputs)
-        for node in module.graph.find_nodes(op="get_attr"):
-            node.meta.setdefault(PARAMETER, str(node.target))
-        legalize(module.graph)
-        return cls(module)
+        from quarot_fx.import_graph import import_graph  # which makes programs
+
+        captured, arguments = import_graph(state, inputs)
+        return captured.bind(arguments, WeightStore())
 
     def constant(self, node: fx.Node, purpose: str, compute: Callable[[], torch.Tensor]) -> torch.Tensor:
         """Return what ``compute`` makes of a constant node, from the store if another graph has made it already."""

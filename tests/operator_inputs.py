@@ -412,6 +412,7 @@ ONE_CALL: dict[Any, Callable[..., Any]] = {
     aten.masked_fill.Scalar: lambda new, a, b, c, d: (new(a, b), new(a, b) > 0, 0.5),
     aten.masked_fill.Tensor: lambda new, a, b, c, d: (new(a, b), new(a, b) > 0, new()),
     aten._softmax.default: lambda new, a, b, c, d: (new(a, b), -1, False),
+    aten._safe_softmax.default: lambda new, a, b, c, d: (new(a, b), -1),
     aten.logsumexp.default: lambda new, a, b, c, d: (new(a, b), [-1]),
     aten.div.Tensor_mode: lambda new, a, b, c, d: ((new(a, b), new(a, b)), {"rounding_mode": "floor"}),
     aten.dropout.default: lambda new, a, b, c, d: (new(a, b), 0.5, False),

@@ -2,23 +2,20 @@
 
 from __future__ import annotations
 
-import re
 from collections import Counter
 
 import pytest
 import torch
 from architectures import ARCHITECTURES, LAYERS, compile_model
 from models import random_token_ids
+from plans import readers_of_online_transforms
 
 import quarot_fx
-from quarot_fx.attention import reads_of_keys_and_values
 from quarot_fx.capture import INPUT
 from quarot_fx.config import QuarotConfig
 from quarot_fx.coverage import cover
 from quarot_fx.float64 import relative_difference, run_in_float64
-from quarot_fx.graph import Constants, argument_nodes
 from quarot_fx.inspection import capture_one_graph
-from quarot_fx.linear_like import linear_likes
 from quarot_fx.passes.pipeline import build_pipeline, run_pipeline
 from quarot_fx.store import SHARED
 
@@ -44,23 +41,6 @@ def program(row, inputs):
     captured, arguments = capture_one_graph(row.build().double(), inputs)
     program = captured.bind(arguments, SHARED)
     return program, [arguments[node.meta[INPUT]] for node in program.graph.find_nodes(op="placeholder")]
-
-
-def readers_of_online_transforms(graph):
-    """Return for every online transform what reads it: weights by their name in the block, queries, keys, values."""
-    weights = {(linear.node, linear.x): linear.parameter for linear in linear_likes(graph)}
-    reads = list(reads_of_keys_and_values(graph))
-    names = {key: re.sub(r".*\.\d+\.|\.weight$", "", name) for key, name in weights.items()}
-    names |= {(read.user, argument_nodes(read.user)[0]): "query" for read in reads if read.kind == "key"}
-    names |= {(read.user, read.tensor): read.kind for read in reads}
-
-    def readers(node):
-        for user in node.users:
-            yield from [names[user, node]] if (user, node) in names else readers(user)
-
-    constants = Constants(graph)
-    transforms = graph.find_nodes(op="call_function", target=torch.ops.quarot.rotate.default)
-    return [" ".join(dict.fromkeys(readers(node))) for node in transforms if node not in constants]
 
 
 def test_plan_is_what_one_would_do_by_hand(row, program):

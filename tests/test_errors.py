@@ -144,10 +144,10 @@ def test_a_failure_inside_the_nested_backend_has_a_name(model, monkeypatch):
 
 
 def test_a_failure_inside_capture_has_a_name(model, monkeypatch):
-    def broken(*_):
+    def broken(*_, **__):
         raise torch._subclasses.fake_tensor.DataDependentOutputException("no")
 
-    monkeypatch.setattr("quarot_fx.capture._trace", broken)
+    monkeypatch.setattr("quarot_fx.capture.make_fx", broken)
     with pytest.raises(errors.CaptureError, match=r"DataDependentOutputException"):
         run(model)
 

@@ -17,6 +17,7 @@ from graphs import (
 from torch.nn import functional as F
 
 from quarot_fx.config import QuarotConfig
+from quarot_fx.coverage import cover
 from quarot_fx.errors import GroupSizeError
 from quarot_fx.passes.quantize_caches import QuantizeCaches
 
@@ -78,17 +79,19 @@ def test_constant_keys_stay():
     assert (report.matched, reasons(report)) == (1, ["keys are constant"])
 
 
-def test_keys_with_head_dim_not_last_stay():
-    """BLOOM keeps its keys as [heads, head_dim, tokens]: the graph's input has no axis order to undo."""
+def test_keys_with_head_dim_not_last_are_quantised_along_it():
+    """BLOOM keeps its keys as [heads, head_dim, tokens]: they take a scale for each token, too."""
 
     def attention(m, x, keys):
         return m.o(torch.softmax(m.q(x) @ keys, -1) @ x)
 
     module = Lambda(attention, q=linear(WIDTH), o=linear(4))
-    inputs = tokens(), tokens(2, WIDTH, 3)
-    _, report = apply(QuantizeCaches(), captured(module, *inputs), *inputs)
-    assert report.matched == 1
-    assert reasons(report) == ["keys are read with head_dim not last, by aten.matmul.default"]
+    inputs = tokens(), tokens(2, WIDTH, 5)[..., :3]
+    result, report = apply(QuantizeCaches(), captured(module, *inputs), *inputs)
+    assert (report.matched, report.declined) == (2, [])
+    codes = [node for node in result.graph.nodes if "quantize_asymmetric" in str(node.target)]
+    assert {node.args[0].meta["val"].shape for node in codes} == {(2, 3, WIDTH)}
+    assert [record.bits for record in cover(result).caches] == [4, 4]
 
 
 def test_group_that_does_not_divide():

@@ -1,5 +1,6 @@
 """Equal spellings that a graph needs before passes may change it: nothing here changes what it computes.
 
+``kernels``     kernels that the dispatcher picked become operators
 ``views``       views that depend on strides become ones that do not
 ``norms``       defaults that depend on the dtype become numbers
 ``broadcasts``  what is expanded to meet an operand of full size meets it as it is
@@ -16,12 +17,14 @@ from quarot_fx.legalize.broadcasts import drop_expansions
 from quarot_fx.legalize.einsum import write_out_einsum
 from quarot_fx.legalize.examples import forget_examples
 from quarot_fx.legalize.indexing import take_slices
+from quarot_fx.legalize.kernels import name_operators
 from quarot_fx.legalize.norms import write_out_default_eps
 from quarot_fx.legalize.views import relax_views
 
 
 def legalize(graph: fx.Graph) -> None:
     """Make a functional graph independent of the strides and dtypes that it was captured with, and of synonyms."""
+    name_operators(graph)
     take_slices(graph)
     forget_examples(graph)
     relax_views(graph)

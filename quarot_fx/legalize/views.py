@@ -12,6 +12,7 @@ aten = torch.ops.aten
 
 def relax_views(graph: fx.Graph) -> None:
     """Turn views into reshapes, which are the same in a functional graph but accept any strides: passes change them."""
-    for node in graph.find_nodes(op="call_function", target=aten.view.default):
-        if FROZEN not in node.meta:
-            node.target = aten.reshape.default
+    for view in (aten.view.default, aten._unsafe_view.default):
+        for node in graph.find_nodes(op="call_function", target=view):
+            if FROZEN not in node.meta:
+                node.target = aten.reshape.default

@@ -82,8 +82,9 @@ def linear_unary(op: Operator) -> None:
     aten.remainder.Scalar, aten.remainder.Tensor, aten.fmod.Scalar, aten.fmod.Tensor, aten.round.default,
     aten.sign.default, aten.erf.default, aten.hardsigmoid.default, aten.hardswish.default, aten.polar.default,
     aten.where.self, aten.where.ScalarOther, aten.where.ScalarSelf, aten.where.Scalar, aten.masked_fill.Scalar,
-    aten.masked_fill.Tensor, aten.softmax.int, aten._softmax.default, aten.log_softmax.int, aten.triu.default,
-    aten.tril.default, aten.floor_divide.default, aten.div.Tensor_mode, aten.cumsum.default, aten.dropout.default,
+    aten.masked_fill.Tensor, aten.softmax.int, aten._softmax.default, aten._safe_softmax.default,
+    aten.log_softmax.int, aten.triu.default, aten.tril.default, aten.floor_divide.default, aten.div.Tensor_mode,
+    aten.cumsum.default, aten.dropout.default,
     aten.view_as_complex.default, aten.view_as_real.default, aten.threshold.default, aten.celu.default,
     aten.selu.default, aten.atan2.default, aten.logsumexp.default,
 )  # fmt: skip
