@@ -14,6 +14,7 @@ from quarot_fx.capture import INPUT, Captured, capture, source_name
 from quarot_fx.config import QuarotConfig
 from quarot_fx.coverage import cover
 from quarot_fx.errors import NotOneGraphError, QuarotError
+from quarot_fx.meta import StandIns, is_on_meta
 from quarot_fx.passes.pipeline import build_pipeline, run_pipeline
 from quarot_fx.program import Program
 from quarot_fx.report import Report
@@ -31,6 +32,7 @@ def rewrite(
     Args:
         model: an ``nn.Module`` (a GraphModule and an exported program's module, too) or a function of one.
         inputs: example inputs: a tensor, a tuple of positional arguments, or a dict of keyword arguments.
+            Parameters and inputs may be on the meta device: all is planned by shapes, and no constant is computed.
         stop_after: name of the last pass to run; ``"rotate"`` gives an equal model in rotated bases.
         options: fields of :class:`~quarot_fx.config.QuarotConfig`.
 
@@ -41,6 +43,7 @@ def rewrite(
 
     Raises:
         NotOneGraphError: the model has graph breaks, or no parameters.
+        UnboundParameterError: with ``check=True``, a parameter is on the meta device.
     """
     config = QuarotConfig.from_options({**options, **({"stop_after": stop_after} if stop_after else {})})
     program = _rewritten(model, inputs, config)
@@ -52,14 +55,16 @@ def explain(model: Callable[..., Any], inputs: Inputs, **options: Any) -> Report
     """Return what the backend does to a model: every pass, the rotation plan, every linear layer and cache.
 
     Takes the arguments of :func:`rewrite`. Runs every stage against the one before in float64, to report the largest
-    difference; ``check=False`` saves that time.
+    difference, if the model has weights; ``check=False`` saves that time.
     """
-    return cover(_rewritten(model, inputs, QuarotConfig.from_options({"check": True, **options})))
+    return cover(_rewritten(model, inputs, QuarotConfig.from_options({"check": not is_on_meta(model), **options})))
 
 
 def _rewritten(model: Callable[..., Any], inputs: Inputs, config: QuarotConfig) -> Program:
     passes = build_pipeline(config)
     captured, arguments = capture_one_graph(model, inputs)
+    if config.check:
+        captured.check_has_data(arguments)
     program = captured.bind(arguments, SHARED)
     places = [node.meta[INPUT] for node in program.graph.find_nodes(op="placeholder")]
     return run_pipeline(program, passes, [arguments[place] for place in places] if config.check else None)
@@ -73,6 +78,7 @@ def capture_one_graph(model: Callable[..., Any], inputs: Inputs) -> tuple[Captur
     """
     found: list[tuple[Captured, Sequence[Any]]] = []
     errors: list[QuarotError] = []
+    stand_ins = StandIns()
 
     def collect(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
         try:
@@ -80,7 +86,7 @@ def capture_one_graph(model: Callable[..., Any], inputs: Inputs) -> tuple[Captur
             captured = capture(gm, example_inputs)
             _name_inputs(captured.graph_module)
             if captured.parameters:
-                found.append((captured, list(example_inputs)))
+                found.append((captured, [stand_ins.original(argument) for argument in example_inputs]))
         except QuarotError as error:
             errors.append(error)
         return gm.forward
@@ -88,7 +94,7 @@ def capture_one_graph(model: Callable[..., Any], inputs: Inputs) -> tuple[Captur
     args, kwargs = _arguments(model, inputs)
     without_limits = torch._dynamo.config.patch(recompile_limit=2**16, accumulated_recompile_limit=2**16)
     with torch.no_grad(), without_limits:
-        torch.compile(model, backend=collect, dynamic=False)(*args, **kwargs)
+        stand_ins.call(torch.compile(model, backend=collect, dynamic=False), args, kwargs)
     if errors:
         raise errors[0]
     if len(found) != 1:
