@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from quarot_fx.config import QuantScheme
+from quarot_fx.ops import quantize_asymmetric, quantize_symmetric
 from quarot_fx.ops.affine import (
     asymmetric_scale,
     code_range,
@@ -44,6 +45,10 @@ def quantize_weight(weight: Tensor, scheme: QuantScheme) -> tuple[Tensor, Tensor
         GroupSizeError: the group does not divide n.
     """
     bits, group = scheme.bits, scheme.group
+    if weight.is_meta:  # what the operators say of shapes is all that there is to know
+        quantize = quantize_symmetric if scheme.symmetric else quantize_asymmetric
+        codes, scale, *zeros = quantize(weight, bits, group)
+        return codes, scale, zeros[0] if zeros else None
     searched = scheme.clip == "search"
     clip = search_clip(weight, bits, group, scheme.symmetric) if searched else float(scheme.clip)
     zero = None
@@ -62,14 +67,12 @@ def search_clip(weight: Tensor, bits: int, group: int | None, symmetric: bool) -
         [..., n / group]: the ratio, the largest where several are equally good; at least float32.
     """
     groups = split_groups(weight, group_count(weight, group))
-    dtype = torch.promote_types(weight.dtype, torch.float32)
-    if weight.is_meta:
-        return weight.new_empty(groups.shape[:-1], dtype=dtype)
     rows = groups.detach().flatten(0, -2)  # the threads below do not know of no_grad
     on_cpu = weight.device.type == "cpu"
     chunks = rows.split(max(1, (CPU_CHUNK if on_cpu else GPU_CHUNK) // rows.shape[-1]))
     with ThreadPoolExecutor(torch.get_num_threads() if on_cpu else 1) as pool:
         best = list(pool.map(lambda chunk: _best_steps(chunk.to(torch.float32), bits, symmetric), chunks))
+    dtype = torch.promote_types(weight.dtype, torch.float32)
     ratios = torch.tensor(RATIOS, dtype=dtype, device=weight.device)
     return ratios[torch.cat(best)].reshape(groups.shape[:-1])
 

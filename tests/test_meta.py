@@ -4,7 +4,6 @@ import pytest
 import torch
 from graphs import Decoder, fill, ids
 from models import random_token_ids, tiny_model
-from torch import nn
 from transformers import AutoModelForCausalLM
 
 import quarot_fx
@@ -89,9 +88,3 @@ def test_a_check_needs_weights(decoder):
     assert quarot_fx.explain(fill(Decoder()), ids()).passes[0].difference == 0
     with pytest.raises(UnboundParameterError, match=r"'embedding.weight' is on the meta device.*check=False"):
         quarot_fx.explain(decoder, ids(), check=True)
-
-
-def test_running_needs_weights():
-    compiled = torch.compile(nn.Linear(8, 8, device="meta").eval(), backend="quarot")
-    with pytest.raises(UnboundParameterError, match=r"'weight' is on the meta device.*load weights"):
-        compiled(torch.ones(1, 8, device="meta"))
