@@ -14,6 +14,7 @@ from quarot_fx.capture import INPUT, Captured, capture, source_name
 from quarot_fx.config import QuarotConfig
 from quarot_fx.coverage import cover
 from quarot_fx.errors import NotOneGraphError, QuarotError
+from quarot_fx.garbage import collected_rarely
 from quarot_fx.meta import StandIns, is_on_meta
 from quarot_fx.passes.pipeline import build_pipeline, run_pipeline
 from quarot_fx.program import Program
@@ -60,6 +61,7 @@ def explain(model: Callable[..., Any], inputs: Inputs, **options: Any) -> Report
     return cover(_rewritten(model, inputs, QuarotConfig.from_options({"check": not is_on_meta(model), **options})))
 
 
+@collected_rarely()
 def _rewritten(model: Callable[..., Any], inputs: Inputs, config: QuarotConfig) -> Program:
     passes = build_pipeline(config)
     captured, arguments = capture_one_graph(model, inputs)
@@ -68,6 +70,10 @@ def _rewritten(model: Callable[..., Any], inputs: Inputs, config: QuarotConfig) 
     program = captured.bind(arguments, SHARED)
     places = [node.meta[INPUT] for node in program.graph.find_nodes(op="placeholder")]
     return run_pipeline(program, passes, [arguments[place] for place in places] if config.check else None)
+
+
+class _Collected(BaseException):
+    """Ends the call of a model when its only graph has been collected: neither guards nor results are wanted."""
 
 
 def capture_one_graph(model: Callable[..., Any], inputs: Inputs) -> tuple[Captured, Sequence[Any]]:
@@ -91,10 +97,21 @@ def capture_one_graph(model: Callable[..., Any], inputs: Inputs) -> tuple[Captur
             errors.append(error)
         return gm.forward
 
+    def collect_all(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
+        collect(gm, example_inputs)
+        raise _Collected
+
     args, kwargs = _arguments(model, inputs)
     without_limits = torch._dynamo.config.patch(recompile_limit=2**16, accumulated_recompile_limit=2**16)
     with torch.no_grad(), without_limits:
-        stand_ins.call(torch.compile(model, backend=collect, dynamic=False), args, kwargs)
+        try:
+            stand_ins.call(torch.compile(model, backend=collect_all, dynamic=False, fullgraph=True), args, kwargs)
+        except _Collected:
+            pass
+        except Exception:  # there is more than one graph, or none
+            found.clear()
+            errors.clear()
+            stand_ins.call(torch.compile(model, backend=collect, dynamic=False), args, kwargs)
     if errors:
         raise errors[0]
     if len(found) != 1:
