@@ -8,10 +8,10 @@ from typing import ClassVar
 import torch
 from torch import fx
 
-from quarot_fx.graph import Inserter, argument_nodes, is_tensor, module_path
+from quarot_fx.graph import Inserter, argument_nodes, module_path
 from quarot_fx.linear_like import LinearLike
 from quarot_fx.passes.base import Pass
-from quarot_fx.passes.fold_gains import gain_of
+from quarot_fx.passes.fold_gains import gain_of, stand_in
 from quarot_fx.passes.readers import Blocked, Readers
 from quarot_fx.program import Program
 from quarot_fx.report import PassReport
@@ -36,17 +36,20 @@ class FoldBiases(Pass):
             if isinstance(into, Blocked):
                 report.decline(module_path(node), f"a bias stays: {into.reason}")
                 continue
-            unable = [linear for linear in into if str(linear.node.target) not in HAS_BIAS]
+            unable = [linear for linear in into if not can_add_bias(linear)]
             if unable:
                 report.decline(module_path(node), f"a bias stays: {unable[0].node.target} cannot add one")
                 continue
             for linear in into:
                 add_bias(linear, bias, self.name)
                 report.weights += 1
-            x = next(operand for operand in argument_nodes(node) if operand is not bias)
-            node.replace_all_uses_with(x)
-            node.graph.erase_node(node)  # at once: who reads x is asked again
+            stand_in(node, next(operand for operand in argument_nodes(node) if operand is not bias), self.name)
             report.matched += 1
+
+
+def can_add_bias(linear: LinearLike) -> bool:
+    """Whether a layer's operator adds something to the plain product: ``addmm`` may scale both."""
+    return str(linear.node.target) in HAS_BIAS and all(scale == 1 for scale in linear.node.kwargs.values())
 
 
 def add_bias(linear: LinearLike, shift: fx.Node, author: str) -> None:
@@ -57,7 +60,9 @@ def add_bias(linear: LinearLike, shift: fx.Node, author: str) -> None:
     with node.graph.inserting_before(node):
         row = insert.call(aten.to.dtype, insert.call(aten.reshape.default, shift, [-1]), dtype)
         matrix = weight if linear.spelling.contracted == -1 else insert.call(aten.t.default, weight)
-        moved = insert.call(aten.linear.default, row, matrix, *([bias] if is_tensor(bias) else []))
+        moved = insert.call(aten.linear.default, row, matrix)
+        if bias is not None:  # of any shape that broadcasts
+            moved = insert.call(aten.to.dtype, insert.call(aten.add.Tensor, moved, bias), dtype)
     if str(node.target) == "aten.linear.default":
         node.args = (node.args[0], node.args[1], moved)
         node.kwargs = {}

@@ -33,7 +33,7 @@ class FoldGains(Pass):
             if gain is None:
                 continue
             x = next(operand for operand in argument_nodes(node) if operand is not gain)
-            into = readers.of(node)
+            into = readers.of(node, through_scalings=True)
             writer = _writer(x, readers)
             if not isinstance(into, Blocked):
                 for linear in into:
@@ -46,7 +46,7 @@ class FoldGains(Pass):
             else:
                 report.decline(module_path(node), f"a gain stays: {into.reason}")
                 continue
-            _remove(node, x, self.name)
+            stand_in(node, x, self.name)
             report.matched += 1
 
 
@@ -58,7 +58,7 @@ def gain_of(node: fx.Node, constants: Constants) -> fx.Node | None:
     for gain, x in (operands, operands[::-1]):
         if gain in constants and x not in constants:  # asked first: comparing symbolic sizes would add guards
             size, spanned = gain.meta["val"].shape[-1:].numel(), x.meta["val"].shape[-1:]
-            is_vector = gain.meta["val"].numel() == size > 1
+            is_vector = gain.meta["val"].numel() == size > 1 and gain.meta["val"].ndim <= x.meta["val"].ndim
             return gain if is_vector and all(isinstance(s, int) and s == size for s in spanned) else None
     return None
 
@@ -97,8 +97,8 @@ def _writer(x: fx.Node, readers: Readers) -> LinearLike | None:
     return None
 
 
-def _remove(node: fx.Node, x: fx.Node, author: str) -> None:
-    """Let the activation stand for the product, in the product's type."""
+def stand_in(node: fx.Node, x: fx.Node, author: str) -> None:
+    """Let the activation stand for its product or sum with a constant, in the type of that."""
     if x.meta["val"].dtype != node.meta["val"].dtype:
         with node.graph.inserting_before(node):
             x = Inserter(node.graph, author, node).call(aten.to.dtype, x, node.meta["val"].dtype)

@@ -8,10 +8,10 @@ from typing import ClassVar
 import torch
 from torch import fx
 
-from quarot_fx.graph import Inserter, argument_nodes, is_tensor, module_path, replace_arguments
+from quarot_fx.graph import Inserter, argument_nodes, is_tensor, module_path, reads_values, replace_arguments
 from quarot_fx.linear_like import LinearLike
 from quarot_fx.passes.base import Pass
-from quarot_fx.passes.readers import Readers, keeps_last_axis
+from quarot_fx.passes.readers import Readers, keeps_last_axis, scales_vectors
 from quarot_fx.program import Program
 from quarot_fx.report import PassReport
 
@@ -67,6 +67,8 @@ class _Stream:
             if reason:
                 return reason
             for user in node.users:
+                if not reads_values(user, node):
+                    continue
                 if str(user.target) == CENTRING:
                     self.centrings.append(user)
                 elif self._is_linear_map(user):
@@ -79,20 +81,19 @@ class _Stream:
         return None
 
     def _sources(self, node: fx.Node) -> tuple[list[fx.Node], str | None]:
-        is_table = str(node.target) == "aten.embedding.default" and argument_nodes(node)[0] in self.readers.constants
-        if is_table or node in self.readers.linears:
+        operands = [operand for operand in argument_nodes(node) if is_tensor(operand)]
+        constants = [operand for operand in operands if operand in self.readers.constants]
+        takes_rows = str(node.target) == "aten.embedding.default" or keeps_last_axis(node)
+        if node in self.readers.linears or (takes_rows and operands[0] in constants):
             self.writers.append(node)
             return [], None
         if not self._is_linear_map(node):
             return [], f"{node.target} {node.name} writes the stream and cannot be centred"
-        operands = [operand for operand in argument_nodes(node) if is_tensor(operand)]
-        constants = [operand for operand in operands if operand in self.readers.constants]
-        if constants and keeps_last_axis(node):
-            return [], f"{node.name} is a constant"
-        self.constants += [(operand, node) for operand in constants if self._is_sum(node)]
         if keeps_last_axis(node):
             return operands[:1], None
-        return [operand for operand in operands if operand not in constants and _spans(operand, node)], None
+        spanning = [operand for operand in operands if _spans(operand, node)]
+        self.constants += [(operand, node) for operand in spanning if operand in constants]
+        return [operand for operand in spanning if operand not in constants], None
 
     def _is_sum(self, node: fx.Node) -> bool:
         return str(node.target) in ("aten.add.Tensor", "aten.sub.Tensor")
@@ -105,9 +106,15 @@ class _Stream:
         spanning = [operand for operand in operands if _spans(operand, node)]
         if self._is_sum(node):
             return len(operands) == 2 and len(spanning) == 2
-        if str(node.target) in ("aten.mul.Tensor", "aten.div.Tensor"):
-            return len(spanning) == 1 and spanning[0] is operands[0]
-        return keeps_last_axis(node)
+        if str(node.target) in ("aten.sum.dim_IntList", "aten.mean.dim"):
+            return _keeps_last_axis_of_sum(node)
+        return keeps_last_axis(node) or any(scales_vectors(node, operand) for operand in spanning)
+
+
+def _keeps_last_axis_of_sum(node: fx.Node) -> bool:
+    source, dims = node.args[0], node.args[1] if len(node.args) > 1 else None
+    ndim = source.meta["val"].ndim  # type: ignore[union-attr]
+    return isinstance(dims, list | tuple) and bool(dims) and all(dim % ndim != ndim - 1 for dim in dims)
 
 
 def _spans(operand: fx.Node, node: fx.Node) -> bool:
@@ -119,7 +126,7 @@ def _without_mean(insert: Inserter, weight: fx.Node, dim: int) -> fx.Node:
 
 
 def _centre_writer(node: fx.Node, readers: Readers, author: str) -> int:
-    """Remove the mean over the output axis from a linear layer's weight and bias, or from an embedding's rows."""
+    """Remove the mean over the output axis from a linear layer's weight and bias, or from a table's rows."""
     insert = Inserter(node.graph, author, node)
     linear: LinearLike | None = readers.linears.get(node)
     with node.graph.inserting_before(node):

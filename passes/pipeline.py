@@ -23,10 +23,12 @@ from quarot_fx.passes.quantize_weights import QuantizeWeights
 from quarot_fx.passes.recognize_norms import RecognizeNorms
 from quarot_fx.passes.rotate import Rotate
 from quarot_fx.passes.split_packed_linears import SplitPackedLinears
+from quarot_fx.passes.unify_linears import UnifyLinears
 from quarot_fx.program import Program
 
 DEFAULT_ORDER: tuple[type[Pass], ...] = (
     RecognizeNorms,
+    UnifyLinears,
     SplitPackedLinears,  # before gains are folded: a packed weight's readers are its parts
     FoldBiases,  # before gains: a norm's bias stands between its gain and the linears
     FoldGains,

@@ -12,6 +12,7 @@ from torch import fx
 from quarot_fx.attention import reads_of_keys_and_values
 from quarot_fx.basis.analysis import Analysis, Position
 from quarot_fx.basis.cut import IF_FREE, NOTHING, REQUIRED, FactorCut, Want, cheapest_bases, transform_cost
+from quarot_fx.basis.joining import join_adjacent
 from quarot_fx.basis.operator import Axis, Tensor
 from quarot_fx.basis.plan import RotationPlan, Site, Transform
 from quarot_fx.config import UNQUANTIZED_BITS, QuarotConfig
@@ -60,7 +61,7 @@ class PlaceRotations(Pass):
         cuts = cheapest_bases(analysis, [*wants, *_wants_of_writers(program.graph, analysis, heads)])
         transforms = [
             transform
-            for cut in cuts
+            for cut in join_adjacent(cuts)
             for transform in _transforms(cut, analysis, _rotation(cut, cut.factor in heads, self.config))
         ]
         sites = tuple(_site(candidate, analysis, cuts) for candidate in candidates)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from torch import fx
 
-from quarot_fx.graph import Constants, argument_nodes, is_tensor
+from quarot_fx.graph import Constants, argument_nodes, is_tensor, reads_values
 from quarot_fx.linear_like import LinearLike, linear_likes
 
 CASTS = {
@@ -18,6 +18,7 @@ VIEWS = {
     "aten.view.default", "aten.reshape.default", "aten.unsqueeze.default", "aten.squeeze.dim", "aten.expand.default",
     "aten.flatten.using_ints", "aten._unsafe_view.default", "aten.repeat.default",
 }  # fmt: skip
+SCALINGS = {"aten.mul.Tensor", "aten.mul.Scalar", "aten.div.Tensor", "aten.div.Scalar"}
 ROWS = {"aten.index.Tensor", "aten.index_select.default", "aten.slice.Tensor", "aten.select.int"}
 
 
@@ -46,6 +47,23 @@ def keeps_last_axis(node: fx.Node) -> bool:
     return target in VIEWS | ROWS
 
 
+def scales_vectors(node: fx.Node, x: fx.Node) -> bool:
+    """Whether a node multiplies or divides x by a number, or by one number for each vector of its last axis."""
+    if str(node.target) not in SCALINGS or not is_tensor(node) or node.args[0] is node.args[1]:
+        return False
+    factors = [operand for operand in argument_nodes(node) if operand is not x]
+    spans = node.meta["val"].shape[-1:] == x.meta["val"].shape[-1:]
+    is_numerator = node.args[0] is x or "mul" in str(node.target)
+    return spans and is_numerator and all(_is_one_for_each_vector(factor) for factor in factors)
+
+
+def _is_one_for_each_vector(factor: fx.Node) -> bool:
+    if not is_tensor(factor):
+        return True  # a symbolic number
+    shape = factor.meta["val"].shape
+    return not shape or (isinstance(shape[-1], int) and shape[-1] == 1)
+
+
 class Readers:
     """Finds the linear layers that read a tensor's last axis, for one graph."""
 
@@ -53,8 +71,13 @@ class Readers:
         self.linears: Mapping[fx.Node, LinearLike] = {linear.node: linear for linear in linear_likes(graph)}
         self.constants = Constants(graph)
 
-    def of(self, node: fx.Node) -> list[LinearLike] | Blocked:
-        """Return the linear layers that read the node, or what stands in the way of saying so."""
+    def of(self, node: fx.Node, through_scalings: bool = False) -> list[LinearLike] | Blocked:
+        """Return the linear layers that read the node, or what stands in the way of saying so.
+
+        Args:
+            node: whose last axis is read.
+            through_scalings: look past products with a number, or with one number for each vector of the last axis.
+        """
         found: list[LinearLike] = []
         pending = [node]
         while pending:
@@ -63,9 +86,11 @@ class Readers:
                 linear = self.linears.get(user)
                 if linear is not None and linear.x is current and argument_nodes(user).count(current) == 1:
                     found.append(linear)
-                elif keeps_last_axis(user) and argument_nodes(user)[0] is current:
+                elif (keeps_last_axis(user) and argument_nodes(user)[0] is current) or (
+                    through_scalings and scales_vectors(user, current)
+                ):
                     pending.append(user)
-                else:
+                elif reads_values(user, current):
                     reader = "the graph's output" if user.op == "output" else f"{user.target} {user.name}"
                     return Blocked(f"it is read by {reader}, not by linear layers only")
         return found or Blocked("nothing reads it")

@@ -59,28 +59,36 @@ class Chain:
     """What stands between a packed layer and the splitting of its result.
 
     Attributes:
-        lead: a view that arranges the batch axes, if there is one.
-        view: a view that splits the last axis, if there is one.
+        leads: views and moves of the batch axes; the packed axis stays whole and last.
+        view: a view that splits the packed axis, if there is one.
         moves: transposes and permutations after that view.
         last: the node that is split.
     """
 
-    lead: fx.Node | None
+    leads: tuple[fx.Node, ...]
     view: fx.Node | None
     moves: tuple[fx.Node, ...]
     last: fx.Node
 
+    @property
+    def batch(self) -> int:
+        """Number of axes in front of the packed one, or of those that it was split into."""
+        if self.view is None:
+            return self.last.meta["val"].ndim - 1
+        return self.view.meta["val"].ndim - _packed_axes(argument_nodes(self.view)[0], self.view)
+
 
 def _chain(linear: LinearLike) -> Chain | None:
     """Follow a layer's result to where it is split; None if anything else is done with it."""
-    lead = view = None
+    leads: list[fx.Node] = []
+    view = None
     moves: list[fx.Node] = []
     last = linear.node
     while len(last.users) == 1:
         user = next(iter(last.users))
-        if str(user.target) in VIEWS and view is None and lead is None and keeps_last_axis(user):
-            lead = user
-        elif str(user.target) in VIEWS and view is None and _splits_last_axis(last, user):
+        if view is None and _is_lead(user):
+            leads.append(user)
+        elif view is None and str(user.target) in VIEWS and _packed_axes(last, user):
             view = user
         elif str(user.target) in MOVES and view is not None:
             moves.append(user)
@@ -88,25 +96,35 @@ def _chain(linear: LinearLike) -> Chain | None:
             break
         last = user
     takes = [user for user in last.users if str(user.target) in SPLITS | TAKES]
-    return Chain(lead, view, tuple(moves), last) if takes and len(takes) == len(last.users) else None
+    return Chain(tuple(leads), view, tuple(moves), last) if takes and len(takes) == len(last.users) else None
 
 
-def _splits_last_axis(node: fx.Node, view: fx.Node) -> bool:
-    """Whether a view splits the last axis and leaves all others alone."""
-    extra = view.meta["val"].ndim - node.meta["val"].ndim + 1
-    sizes = view.meta["val"].shape[-extra:] if extra > 1 else ()
-    return bool(sizes) and all(isinstance(s, int) for s in sizes) and math.prod(sizes) == node.meta["val"].shape[-1]
+def _is_lead(node: fx.Node) -> bool:
+    """Whether a node arranges the batch axes and leaves the last one where it is, whole."""
+    if str(node.target) in MOVES:
+        rank = node.meta["val"].ndim
+        return _moved(list(range(rank)), node)[-1] == rank - 1
+    return str(node.target) in VIEWS | {"aten.unsqueeze.default"} and keeps_last_axis(node)
 
 
-def _batch_axes(linear: LinearLike, chain: Chain) -> int:
-    return (chain.lead or linear.node).meta["val"].ndim - 1
+def _packed_axes(source: fx.Node, view: fx.Node) -> int:
+    """Return into how many axes, the last ones, a view splits the last axis of its source; 0 if it does not."""
+    shape, size = view.meta["val"].shape, source.meta["val"].shape[-1]
+    for count in range(2, len(shape) + 1):
+        sizes = shape[-count:]
+        if not all(isinstance(s, int) for s in sizes) or math.prod(sizes) > size:
+            return 0
+        if math.prod(sizes) == size:
+            return count
+    return 0
 
 
 def _parts(linear: LinearLike, chain: Chain) -> Iterator[Part]:
     """Yield the parts; nothing at all if some taking is not along an axis of the packed result."""
-    last, batch = chain.last, _batch_axes(linear, chain)
+    last = chain.last
     rows = torch.arange(linear.node.meta["val"].shape[-1])
-    rows = rows.reshape([1] * batch + list(chain.view.meta["val"].shape[batch:] if chain.view else rows.shape))
+    sizes = chain.view.meta["val"].shape[chain.batch :] if chain.view else rows.shape
+    rows = rows.reshape([1] * chain.batch + list(sizes))
     for move in chain.moves:
         rows = move.target(rows, *move.args[1:])  # type: ignore[operator]
     found: list[Part] = []
@@ -145,11 +163,13 @@ def _make(linear: LinearLike, chain: Chain, part: Part, author: str) -> None:
             args[linear.spelling.bias or 0] = insert.call(aten.index_select.default, linear.bias, 0, rows)
         result = insert.call(node.target, *args)  # type: ignore[arg-type]
     with graph.inserting_before(target):
-        if chain.lead is not None:
-            batch = list(chain.lead.args[1])[:-1]  # type: ignore[arg-type]
-            result = insert.call(aten.reshape.default, result, [*batch, part.rows.numel()])
+        for lead in chain.leads:
+            rest = list(lead.args[1:])
+            if str(lead.target) in VIEWS:
+                rest = [[*list(lead.args[1])[:-1], part.rows.numel()]]  # type: ignore[arg-type]
+            result = insert.call(lead.target, result, *rest)  # type: ignore[arg-type]
         if chain.view is not None:
-            result = _reshaped(insert, result, chain, part, _batch_axes(linear, chain))
+            result = _reshaped(insert, result, chain, part)
         if result.meta["val"].ndim > target.meta["val"].ndim:
             result = insert.call(
                 aten.squeeze.dim,
@@ -159,9 +179,10 @@ def _make(linear: LinearLike, chain: Chain, part: Part, author: str) -> None:
     target.replace_all_uses_with(result)
 
 
-def _reshaped(insert: Inserter, result: fx.Node, chain: Chain, part: Part, batch: int) -> fx.Node:
+def _reshaped(insert: Inserter, result: fx.Node, chain: Chain, part: Part) -> fx.Node:
     """Replay the views of the packed result on one part; a selected axis stays with size 1."""
     assert chain.view is not None
+    batch = chain.batch
     order = list(range(chain.view.meta["val"].ndim))
     for move in chain.moves:
         order = _moved(order, move)

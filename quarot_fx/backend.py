@@ -54,8 +54,9 @@ def compile_graph(
     check_nested_backend(config.nested_backend, mode)
     passes = build_pipeline(config)
     placeholders = list(gm.graph.find_nodes(op="placeholder"))
+    wants_backward = torch.is_grad_enabled()  # what the caller chose; Dynamo guards on it
     for node, example in zip(placeholders, example_inputs, strict=True):
-        if isinstance(example, torch.Tensor) and example.requires_grad and not is_parameter(node):
+        if wants_backward and isinstance(example, torch.Tensor) and example.requires_grad and not is_parameter(node):
             raise InputRequiresGradError(name=node.name)
     check_evaluation_mode(gm)
     captured = capture(gm, example_inputs)

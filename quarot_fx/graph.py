@@ -20,6 +20,13 @@ PARAMETER = "parameter"  # node.meta[PARAMETER]: the name that a get_attr node's
 AUTHOR = "quarot_pass"  # node.meta[AUTHOR]: the pass that inserted the node
 FROZEN = "quarot_frozen"  # node.meta[FROZEN]: why no edge to this node may be rewritten (it is mutated in place)
 
+# Operators that read nothing but sizes, dtype and device of all their arguments, or of the second one.
+METADATA_READERS = {
+    **dict.fromkeys(("new_empty", "new_zeros", "new_ones", "new_full", "sym_size", "sym_numel"), "all"),
+    **dict.fromkeys(("empty_like", "zeros_like", "ones_like", "full_like", "rand_like", "randn_like"), "all"),
+    **dict.fromkeys(("type_as", "expand_as", "view_as", "reshape_as"), "second"),
+}
+
 
 def value(node: Any) -> Any:
     """Return the fake value of a node (a FakeTensor, SymInt or tuple), or the argument itself."""
@@ -189,6 +196,14 @@ def replace_arguments(node: fx.Node, replacements: dict[int, fx.Node]) -> None:
         return replacements.get(next(places), source)
 
     node.args, node.kwargs = fx.map_arg((node.args, node.kwargs), swap)
+
+
+def reads_values(user: fx.Node, source: fx.Node) -> bool:
+    """Whether a node computes with the elements of an argument, rather than with its sizes, dtype or device only."""
+    target = str(user.target).split(".")
+    if target[0] != "aten" or target[1] not in METADATA_READERS:
+        return True
+    return METADATA_READERS[target[1]] == "second" and argument_nodes(user)[0] is source
 
 
 def numel_hint(shape: Sequence[Any]) -> int:

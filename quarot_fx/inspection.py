@@ -82,6 +82,17 @@ def capture_one_graph(model: Callable[..., Any], inputs: Inputs) -> tuple[Captur
     Raises:
         NotOneGraphError: there is more than one graph with parameters, or none.
     """
+    found = capture_graphs(model, inputs)
+    if len(found) != 1:
+        hint = "Compile it with backend='quarot', which takes any number; torch._dynamo.explain tells why it breaks."
+        if not found:
+            hint = "Give a model whose forward uses its parameters."
+        raise NotOneGraphError(count=len(found), hint=hint)
+    return found[0]
+
+
+def capture_graphs(model: Callable[..., Any], inputs: Inputs) -> list[tuple[Captured, Sequence[Any]]]:
+    """Capture all graphs with parameters that Dynamo makes of a model, with the arguments that each is called with."""
     found: list[tuple[Captured, Sequence[Any]]] = []
     errors: list[QuarotError] = []
     stand_ins = StandIns()
@@ -114,12 +125,7 @@ def capture_one_graph(model: Callable[..., Any], inputs: Inputs) -> tuple[Captur
             stand_ins.call(torch.compile(model, backend=collect, dynamic=False), args, kwargs)
     if errors:
         raise errors[0]
-    if len(found) != 1:
-        hint = "Compile it with backend='quarot', which takes any number; torch._dynamo.explain tells why it breaks."
-        if not found:
-            hint = "Give a model whose forward uses its parameters."
-        raise NotOneGraphError(count=len(found), hint=hint)
-    return found[0]
+    return found
 
 
 def _arguments(model: Callable[..., Any], inputs: Inputs) -> tuple[tuple[Any, ...], dict[str, Any]]:

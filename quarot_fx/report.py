@@ -7,6 +7,8 @@ from collections import Counter
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from quarot_fx.config import UNQUANTIZED_BITS
+
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
@@ -58,6 +60,7 @@ class LinearRecord:
         w_bits, a_bits: bits of the weight and of the activation that enters it; 16 if left alone.
         rotated: ``"free"``, ``"online"``, ``"partly"`` or ``"no"``.
         reason: why it is rotated online, or why it is not rotated or not quantised; empty otherwise.
+        role: ``"head"`` or ``"router"``, which keep their precision, or nothing.
     """
 
     parameter: str
@@ -65,6 +68,12 @@ class LinearRecord:
     a_bits: int
     rotated: str
     reason: str = ""
+    role: str = ""
+
+    @property
+    def is_quantized(self) -> bool:
+        """Whether both the weight and what enters it have fewer bits."""
+        return max(self.w_bits, self.a_bits) < UNQUANTIZED_BITS
 
 
 @dataclass(frozen=True)
@@ -78,6 +87,50 @@ class CacheRecord:
     reason: str = ""
 
 
+@dataclass(frozen=True)
+class OtherWeight:
+    """A matrix that no linear layer and no embedding reads, and so stays as it is.
+
+    Attributes:
+        parameter: its name in the user's model.
+        read_by: the operator that reads it.
+    """
+
+    parameter: str
+    read_by: str
+
+
+@dataclass(frozen=True)
+class Coverage:
+    """How much of a model was quantised and rotated. Heads and routers, which keep their precision, do not count.
+
+    Attributes:
+        linears: number of linear layers.
+        quantized: of these, quantised.
+        free, online: of these, rotated at no cost, or by an online transform.
+        keys, values: number of reads of keys and of values.
+        quantized_keys, quantized_values: of these, quantised.
+        transforms: online transforms.
+    """
+
+    linears: int
+    quantized: int
+    free: int
+    online: int
+    keys: int
+    quantized_keys: int
+    values: int
+    quantized_values: int
+    transforms: int
+
+    def __str__(self) -> str:
+        return (
+            f"{self.quantized} of {self.linears} linear layers quantised, {self.free + self.online} rotated "
+            f"({self.free} free, {self.online} online); keys {self.quantized_keys} of {self.keys}, "
+            f"values {self.quantized_values} of {self.values}; {self.transforms} online transforms"
+        )
+
+
 @dataclass
 class Report:
     """All that ``quarot_fx.explain`` tells.
@@ -86,6 +139,7 @@ class Report:
         passes: one report per pass, in order.
         plan: the rotation plan, if it was made.
         linears, caches: what became of every linear layer and of all keys and values.
+        others: matrices that are neither a linear layer's nor an embedding's.
         weight_bytes: bytes of the model's parameters that the graph reads, before and after.
     """
 
@@ -93,7 +147,26 @@ class Report:
     plan: RotationPlan | None = None
     linears: list[LinearRecord] = field(default_factory=list)
     caches: list[CacheRecord] = field(default_factory=list)
+    others: list[OtherWeight] = field(default_factory=list)
     weight_bytes: tuple[int, int] = (0, 0)
+
+    @property
+    def coverage(self) -> Coverage:
+        """How much was quantised and rotated."""
+        linears = [record for record in self.linears if not record.role]
+        bits = {kind: [r.bits for r in self.caches if r.kind == kind] for kind in ("key", "value")}
+        quantized = {kind: sum(b < UNQUANTIZED_BITS for b in found) for kind, found in bits.items()}
+        return Coverage(
+            linears=len(linears),
+            quantized=sum(record.is_quantized for record in linears),
+            free=sum(record.rotated == "free" for record in linears),
+            online=sum(record.rotated == "online" for record in linears),
+            keys=len(bits["key"]),
+            quantized_keys=quantized["key"],
+            values=len(bits["value"]),
+            quantized_values=quantized["value"],
+            transforms=len(self.plan.online) if self.plan else 0,
+        )
 
     def as_dict(self) -> dict[str, Any]:
         """Return the report as JSON-able data."""
@@ -102,6 +175,8 @@ class Report:
             "plan": self.plan.as_dict() if self.plan else None,
             "linears": [asdict(record) for record in self.linears],
             "caches": [asdict(record) for record in self.caches],
+            "others": [asdict(record) for record in self.others],
+            "coverage": asdict(self.coverage),
             "weight_bytes": list(self.weight_bytes),
         }
 
@@ -113,6 +188,9 @@ class Report:
             parts.append(self.plan.__rich__())
         if self.linears or self.caches:
             parts.append(_coverage_table(self.linears, self.caches))
+        parts += [f"{other.parameter} stays as it is: {other.read_by} reads it" for other in self.others]
+        if self.plan:
+            parts.append(str(self.coverage))
         before, after = self.weight_bytes
         if before:
             parts.append(

@@ -17,6 +17,10 @@ CHOOSING = {
     "aten.argsort.default",
     "aten.max.dim",
 }
+REASONS = {
+    "router": "it is a router: its result is ranked; name it in overrides to quantise it",
+    "head": "it is the output head: its result is the model's output; name it in overrides to quantise it",
+}
 REACH = 12  # operators between a router's scores and the choice, at most
 
 
@@ -37,14 +41,18 @@ class Roles:
         """Return why neither a linear layer nor its input is quantised, or None. One asked for by name always is."""
         if self._config.override_for(linear.parameter):
             return None
+        return REASONS.get(self.role(linear))
+
+    def role(self, linear: LinearLike) -> str:
+        """Return ``"router"``, ``"head"``, or nothing for a layer like any other."""
         if self._chooses(linear.node):
-            return "it is a router: its result is ranked; name it in overrides to quantise it"
+            return "router"
         weight = linear.weight.meta["val"]
         expands = weight.shape[linear.spelling.out] > weight.shape[linear.spelling.contracted]
         # A part of a model may end in any linear; only one that expands can be the head there.
         if (self._is_whole_model or expands) and self._is_read_by_output_only(linear.node):
-            return "it is the output head: its result is the model's output; name it in overrides to quantise it"
-        return None
+            return "head"
+        return ""
 
     def _others(self, user: fx.Node) -> list[fx.Node]:
         return [source for source in user.all_input_nodes if is_tensor(source) and source not in self._constants]

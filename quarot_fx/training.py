@@ -22,7 +22,8 @@ def check_evaluation_mode(gm: fx.GraphModule) -> None:
     except AttributeError:  # not called by Dynamo
         return
     for placeholder in gm.graph.find_nodes(op="placeholder"):
-        if is_parameter(placeholder):
+        # What holds buffers only, such as a KV cache that was added after model.eval(), has nothing to train.
+        if is_parameter(placeholder) and "._parameters[" in source_name(placeholder):
             root = _root(placeholder, scope)
             *path, _ = parameter_name(placeholder).split(".")
             _check(root, path)

@@ -75,6 +75,23 @@ def _(new, a, b, c, d):
     yield new(a, b, 1), new(a, b, c), new(a, c, d)
 
 
+@inputs(aten.conv1d.default)
+def _(new, a, b, c, d):
+    yield (new(a, b, c + 2), new(d, b, 3)), {}
+    yield (new(a, b, c + 2), new(d, b, 3), new(d)), {"padding": [2]}
+    yield (new(b, c + 2), new(d, b, 3)), {}
+    yield (new(a, b, c + 2), new(b, 1, 3), new(b)), {"groups": b}
+    yield (new(a, 2 * b, c + 2), new(2 * d, b, 3)), {"groups": 2}
+
+
+@inputs(aten.linalg_solve_triangular.default)
+def _(new, a, b, c, d):
+    matrix = new(a, b, b) + 4 * torch.eye(b, dtype=torch.float64)
+    yield (matrix, new(a, b, c)), {"upper": False}
+    yield (matrix, new(a, c, b)), {"upper": True, "left": False}
+    yield (matrix, new(1, b, c)), {"upper": False, "unitriangular": True}
+
+
 @inputs(aten.scaled_dot_product_attention.default)
 def _(new, a, b, c, d):
     yield new(a, b, c, 4), new(a, b, d, 4), new(a, b, d, 6)
@@ -111,6 +128,36 @@ def _(new, a, b, c, d):
         aten.lift_fresh_copy.default, aten.positive.default)  # fmt: skip
 def _(new, a, b, c, d):
     yield (new(a, b, c),)
+
+
+@inputs(aten.zeros.default, aten.ones.default, aten.empty.memory_format)
+def _(new, a, b, c, d):
+    yield ((a, b, c),), {"dtype": torch.float64}
+
+
+@inputs(aten.full.default)
+def _(new, a, b, c, d):
+    yield ((a, b, c), 1.5), {"dtype": torch.float64}
+
+
+@inputs(aten.zeros_like.default, aten.ones_like.default, aten.empty_like.default)
+def _(new, a, b, c, d):
+    yield (new(a, b, c),)
+
+
+@inputs(aten.new_zeros.default, aten.new_ones.default, aten.new_empty.default)
+def _(new, a, b, c, d):
+    yield new(a, b, c), (d, c)
+
+
+@inputs(aten.full_like.default)
+def _(new, a, b, c, d):
+    yield new(a, b, c), 1.5
+
+
+@inputs(aten.new_full.default)
+def _(new, a, b, c, d):
+    yield new(a, b, c), (d, c), 1.5
 
 
 @inputs(aten.to.dtype)
@@ -203,6 +250,18 @@ def _(new, a, b, c, d):
 def _(new, a, b, c, d):
     yield (new(a, b, c),)
     yield new(a, b, c), 1
+
+
+@inputs(aten.hstack.default)
+def _(new, a, b, c, d):
+    yield ([new(a, b, c), new(a, d, c)],)
+    yield ([new(a), new(b)],)
+
+
+@inputs(aten.copy_.default)
+def _(new, a, b, c, d):
+    yield new(a, b), new(a, b)
+    yield new(a, b), new(b)
 
 
 @inputs(aten.cat.default, aten.concat.default, aten.concatenate.default)

@@ -23,6 +23,7 @@ from quarot_fx.basis.rules import rules
 BARRIERS = {
     *(name for name, rule in rules().items() if rule.__name__ in ("non_linear", "choice")),
     *("aten.add.Scalar", "aten.sub.Scalar", "aten.rsub.Scalar", "aten.flip.default", "aten.roll.default"),
+    *("aten.ones.default", "aten.full.default", "aten.copy_.default"),
 }
 
 
@@ -30,9 +31,12 @@ def grouped_mm(x: Tensor, weight: Tensor, ends: Tensor, *_: Any, **__: Any) -> T
     return torch.cat([rows @ w for rows, w in zip(x.tensor_split(ends[:-1].tolist()), weight, strict=True)])
 
 
-WITHOUT_FLOAT64 = {
+INSTEAD = {  # of operators without float64, and of those whose result is whatever was in memory
     "aten._grouped_mm.default": grouped_mm,
     "transformers.grouped_mm_fallback.default": grouped_mm,
+    "aten.empty.memory_format": torch.zeros,
+    "aten.empty_like.default": torch.zeros_like,
+    "aten.new_empty.default": Tensor.new_zeros,
 }
 
 
@@ -61,7 +65,7 @@ def call_node(target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tup
 def run(node: fx.Node, operands: list[Tensor]) -> Any:
     values = iter(operands)
     args, kwargs = fx.map_arg((node.args, node.kwargs), lambda _: next(values))
-    return WITHOUT_FLOAT64.get(str(node.target), node.target)(*args, **kwargs)
+    return INSTEAD.get(str(node.target), node.target)(*args, **kwargs)
 
 
 def free_groups(analysis: Analysis, node: fx.Node) -> list[list[Position]]:

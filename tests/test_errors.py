@@ -79,6 +79,13 @@ def test_an_input_that_requires_grad(model):
         torch.compile(model, backend="quarot", options={"nested_backend": "eager"})(x)
 
 
+def test_an_input_that_requires_grad_needs_no_gradient_under_no_grad(model):
+    x = torch.randn(2, 8, requires_grad=True)
+    with torch.no_grad():
+        y = torch.compile(model, backend="quarot", options={"nested_backend": "eager"})(x)
+    assert not y.requires_grad
+
+
 def test_parameters_that_require_grad_are_normal(model):
     assert not torch.compile(model, backend="quarot", options={"nested_backend": "eager"})(
         torch.randn(2, 8)

@@ -125,11 +125,18 @@ def test_stream_that_is_an_output():
     ]
 
 
-def test_constant_stream_stays():
+def test_rows_taken_from_a_table_are_centred_in_it():
+    module = Lambda(lambda m, x: m.a(m.norm(m.w(x) + m.table.index_select(0, torch.arange(3)) * x[..., :1])),
+                    w=linear(WIDTH), table=(5, WIDTH), norm=nn.LayerNorm(WIDTH), a=linear(4))  # fmt: skip
+    _, report = apply(FoldMeans(), prepared(module, tokens()), tokens())
+    assert (report.matched, report.weights, report.declined) == (1, 2, [])
+
+
+def test_constant_stream():
     module = Lambda(lambda m, x: m.a(m.norm(m.table.view(3, WIDTH)[None]) + x), table=3 * WIDTH,
                     norm=nn.LayerNorm(WIDTH), a=linear(4))  # fmt: skip
     _, report = apply(FoldMeans(), prepared(module, tokens()), tokens())
-    assert report.matched == 0
+    assert (report.matched, report.weights) == (1, 1)
 
 
 def test_rms_norm_has_no_mean():

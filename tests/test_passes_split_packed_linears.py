@@ -39,6 +39,9 @@ LAYOUTS = {
     "view(heads, 3, size) and select": falcon,
     "view(heads, 3 * size) and chunk": gpt_neox,
     "view, permute and unbind": lambda y: y.reshape(2, 3, 3, HEADS, SIZE).permute(2, 0, 3, 1, 4).unbind(0),
+    "another axis in front": lambda y: y.unsqueeze(1).split([16, 4, 4], dim=3),
+    "batch axes moved": lambda y: y.transpose(0, 1).chunk(3, dim=-1),
+    "batch axes merged as the last one is split": lambda y: y.view(6, 2, 12).transpose(0, 1).split(4, -1),
     "a part unused": lambda y: by_slices(y)[:2],
 }
 
@@ -110,7 +113,7 @@ def test_empty_part_is_declined():
         lambda m, x: m.packed(x)[:, :1] * 2,  # taken along tokens
         lambda m, x: m.packed(x)[..., :24] * 2,  # taken as a whole
         lambda m, x: torch.relu(m.packed(x)).chunk(3, -1)[0] * 2,
-        lambda m, x: m.packed(x).view(6, 2, 12).transpose(0, 1)[0] * 2 + m.packed(x).sum(),
+        lambda m, x: m.packed(x).view(2, 3 * PACKED)[:, :5] * 2,  # tokens and channels in one axis
     ],
 )
 def test_what_is_not_packed_stays(forward):

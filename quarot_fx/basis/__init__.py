@@ -5,5 +5,6 @@
 ``rules``     the one table of operators
 ``analysis``  walks a graph and applies the table
 ``cut``       the minimum cut that turns rules and wants into a plan
+``joining``   factors that are always rotated together get one rotation
 ``plan``      the plan as data
 """

@@ -119,6 +119,8 @@ class Analysis:
         for use in op.uses:
             if FROZEN in use.node.meta:
                 op.barrier(use.node.meta[FROZEN], [use, *self.results[use.node]])
+            elif not is_float(use.node):
+                op.barrier("reads integers", [use])
         self._ties += op.ties
         self._pins += op.pins
 
@@ -139,7 +141,7 @@ class Analysis:
             else is_float(result.node)
             for result in op.results
         )
-        rule = rules().get(str(node.target)) if computes else None
+        rule = rules().get(str(node.target)) if computes or not op.uses else None
         if rule is not None:
             rule(op)
             return

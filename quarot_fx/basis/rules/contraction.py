@@ -71,6 +71,39 @@ def addmm(op: Operator) -> None:
             op.pin(axis, "adds the same bias all along this axis")
 
 
+@rule(aten.conv1d.default)
+def convolution(op: Operator) -> None:
+    """Slides along the last axis; channels mix with all others of their group, which is a product with a matrix for
+    each place of the kernel.
+    """
+    x, weight, bias = op["input"], op["weight"], op["bias"]
+    result = op.result
+    op.pin([x.axis(-1), weight.axis(-1), result.axis(-1)], "slides along this axis")
+    if x.ndim == 3:
+        op.tie(x.axis(0), result.axis(0))
+    if op["groups"] == 1:
+        op.tie(x.axis(-2), weight.axis(1))
+        op.tie(weight.axis(0), result.axis(-2))
+    else:
+        op.pin([x.axis(-2), weight.axis(0), weight.axis(1), result.axis(-2)], "keeps groups of this axis apart")
+    if bias is not None:
+        op.tie(bias.axis(0), result.axis(-2))
+        op.pin(result.axes()[:-2], "adds the same bias all along this axis")
+
+
+@rule(aten.linalg_solve_triangular.default)
+def triangular_solve(op: Operator) -> None:
+    """``A^-1 B``: every column of B is solved for by itself, so its columns may mix; with ``left=False`` its rows."""
+    matrix, right = op["self"], op["B"]
+    free = -1 if op["left"] is not False else -2
+    op.pin(matrix.axes(), "is triangular")
+    for axis, result in zip(right.axes(), op.result.axes(), strict=False):
+        if axis.dim == free % right.ndim and right.ndim == op.result.ndim:
+            op.tie(axis, result)
+        else:
+            op.pin([axis, result], "is solved for along this axis")
+
+
 @rule("aten._grouped_mm.default", "transformers.grouped_mm_fallback.default")
 def grouped_mm(op: Operator) -> None:
     """``y = x[rows of group e] W[e]``: experts."""

@@ -62,6 +62,12 @@ def concatenation(op: Operator) -> None:
     along(op, op["dim"] if op["dim"] is not None else op["axis"], [op.result, *tensors])
 
 
+@rule(aten.hstack.default)
+def hstack(op: Operator) -> None:
+    """Tensors side by side along the second axis, or the only one."""
+    along(op, min(1, op.result.ndim - 1), [op.result, *op.uses])
+
+
 @rule(aten.stack.default)
 def stack(op: Operator) -> None:
     """Tensors side by side along a new axis."""
