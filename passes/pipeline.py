@@ -140,5 +140,4 @@ def run_pipeline(program: Program, passes: Sequence[Pass], check_inputs: Sequenc
                 raise CheckError(stage=one.name, difference=report.difference, limit=one.tolerance, before=before_it)
             before = after
         before_it = f"stop_after={one.name!r}"
-    state.graph_module.recompile()
     return state
