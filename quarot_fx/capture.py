@@ -41,7 +41,7 @@ class Captured:
         """Make a program with the given arguments' parameters bound as stored tensors.
 
         Raises:
-            UnboundParameterError: a parameter has no data that can be read.
+            UnboundParameterError: a parameter is quantised already, or an inference tensor.
         """
         module = copy_graph_module(self.graph_module)
         for node in module.graph.find_nodes(op="placeholder"):
@@ -51,6 +51,14 @@ class Captured:
                 _store(module, node, self.parameters[place], arguments[place])
         module.recompile()
         return Program(module, store)
+
+    def check_has_data(self, arguments: Sequence[Any]) -> None:
+        """Raise :class:`UnboundParameterError` if a parameter among the arguments is on the meta device."""
+        for place, name in self.parameters.items():
+            if arguments[place].is_meta:
+                remedy = "It can be planned, by quarot_fx.explain or rewrite with check=False; to run it, load weights."
+                reason = "is on the meta device and has no data"
+                raise UnboundParameterError(parameter=name, reason=reason, remedy=remedy)
 
 
 def capture(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Captured:
@@ -166,8 +174,6 @@ def _store(module: fx.GraphModule, placeholder: fx.Node, name: str, tensor: torc
 
 def _check_readable(name: str, tensor: torch.Tensor) -> None:
     remedy = "Load the model with real weights in floating point first."
-    if tensor.is_meta:
-        raise UnboundParameterError(parameter=name, reason="is on the meta device and has no data", remedy=remedy)
     if type(tensor) not in (torch.Tensor, torch.nn.Parameter, torch.nn.Buffer):
         reason = f"is a {type(tensor).__name__}: quantised already, or a tensor subclass"
         raise UnboundParameterError(parameter=name, reason=reason, remedy=remedy)
