@@ -49,19 +49,17 @@ class Pass(ABC):
         """
         program = Program.of(state, *inputs)
         self.apply(program)
-        program.graph_module.recompile()
         return program
 
     def apply(self, program: Program) -> PassReport:
-        """Rewrite a program in place, tidy its graph, and append the report. The caller recompiles the module, once
-        after a pipeline: a graph is written out as Python as slowly as a pass rewrites it.
-        """
+        """Rewrite a program in place, tidy its graph, and append the report."""
         report = PassReport(self.name, nodes_before=len(program.graph.nodes))
         start = time.perf_counter()
         self.run(program, report)
         program.graph.eliminate_dead_code()
         program.graph.lint()
         drop_unused_tensors(program.graph_module)
+        program.graph_module.recompile()
         report.seconds = time.perf_counter() - start
         report.nodes_after = len(program.graph.nodes)
         program.reports.append(report)
