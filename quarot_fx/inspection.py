@@ -61,7 +61,6 @@ def explain(model: Callable[..., Any], inputs: Inputs, **options: Any) -> Report
     return cover(_rewritten(model, inputs, QuarotConfig.from_options({"check": not is_on_meta(model), **options})))
 
 
-@collected_rarely()
 def _rewritten(model: Callable[..., Any], inputs: Inputs, config: QuarotConfig) -> Program:
     passes = build_pipeline(config)
     captured, arguments = capture_one_graph(model, inputs)
@@ -91,6 +90,7 @@ def capture_one_graph(model: Callable[..., Any], inputs: Inputs) -> tuple[Captur
     return found[0]
 
 
+@collected_rarely()
 def capture_graphs(model: Callable[..., Any], inputs: Inputs) -> list[tuple[Captured, Sequence[Any]]]:
     """Capture all graphs with parameters that Dynamo makes of a model, with the arguments that each is called with."""
     found: list[tuple[Captured, Sequence[Any]]] = []
