@@ -69,7 +69,7 @@ def _rewritten(model: Model, inputs: Inputs, config: QuarotConfig) -> Program:
     if isinstance(model, fx.GraphModule | torch.export.ExportedProgram):
         captured, arguments = import_graph(model, *_as_given(inputs))
         if not captured.parameters:
-            remedy = "Weights that are its inputs are not known to be any: give the exported program, or trace the module."
+            remedy = "Weights that come as inputs are not known to be any: give the exported program or the module."
             raise GraphInputError(reason="it stores no weights", remedy=remedy)
     else:
         captured, arguments = capture_one_graph(model, inputs)

@@ -67,9 +67,7 @@ def _write_out(gm: fx.GraphModule, region: list[fx.Node]) -> None:
         gm.graph.erase_node(node)
 
 
-def _traced(
-    gm: fx.GraphModule, region: list[fx.Node], inputs: list[fx.Node], outputs: list[fx.Node]
-) -> fx.GraphModule:
+def _traced(gm: fx.GraphModule, region: list[fx.Node], inputs: list[fx.Node], outputs: list[fx.Node]) -> fx.GraphModule:
     """Trace a region by itself, below vectorisation."""
     graph = fx.Graph()
     copies = {node: graph.placeholder(node.name) for node in inputs}

@@ -5,17 +5,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
-import pytest
 from decoder_grammar import Program, programs
-from fuzzing import CONFIGS, EXPLORES, check_quantized, check_rotated, fuzzed
-from hypothesis import HealthCheck, Phase, event, given, settings
-
-from quarot_fx.basis.operator import Operator
-from quarot_fx.basis.rules import rules
-from quarot_fx.basis.rules.elementwise import linear_unary
+from fuzzing import CONFIGS, check_quantized, check_rotated, fuzzed
+from hypothesis import Phase, event, given, settings
 
 
 @fuzzed(few=120, share=0.8)
