@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from decoder_grammar import Program
 from decoder_grammar.program import Capture, Module
-from hypothesis import HealthCheck, settings
+from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
 from torch import Tensor, fx
 
@@ -23,7 +23,7 @@ from quarot_fx.program import Program as Rewritten
 
 TOLERANCE = 1e-9
 LOOSE = 1e-4  # where the program itself casts to float32 and nobody widens that
-EXPLORES = int(os.environ.get("QUAROT_FUZZ", 0))  # examples, with seeds of their own; otherwise always the same few
+EXPLORED = int(os.environ.get("QUAROT_FUZZ", 0))  # examples, other ones every time; otherwise always the same few
 CONFIGS = st.fixed_dictionaries(
     {
         "rotation": st.sampled_from(["hadamard", "random"]),
@@ -33,13 +33,20 @@ CONFIGS = st.fixed_dictionaries(
 )
 
 
-def fuzzed(few: int, share: float = 1.0) -> Any:
-    """Settings of a test that draws ``few`` examples in ``make test``, and its share of all in ``make fuzz``."""
+def fuzzed(few: int, share: float = 1.0, until_found: bool = False) -> Any:
+    """Settings of a test that draws ``few`` examples in ``make test``, and its share of all in ``make fuzz``.
+
+    ``until_found`` is for mistakes that are made on purpose: the first counterexample will do.
+    """
+    explores = EXPLORED and not until_found
     return settings(
-        max_examples=max(1, int(EXPLORES * share)) if EXPLORES else few,
-        derandomize=not EXPLORES,
+        max_examples=max(few, int(EXPLORED * share)) if explores else few,
+        derandomize=not explores,
+        database=None,
         deadline=None,
         print_blob=True,
+        report_multiple_bugs=False,
+        phases=[Phase.generate] if until_found else [Phase.generate, Phase.target, Phase.shrink],
         suppress_health_check=list(HealthCheck),
     )
 
