@@ -22,7 +22,7 @@ from quarot_fx.passes.pipeline import build_pipeline, run_pipeline
 from quarot_fx.program import Program as Rewritten
 
 TOLERANCE = 1e-9
-LOOSE = 1e-4  # where the program itself casts to float32 and nobody widens that
+LOOSE = 2e-2  # where the program itself casts to half precision and nobody widens that
 EXPLORED = int(os.environ.get("QUAROT_FUZZ", 0))  # examples, other ones every time; otherwise always the same few
 CONFIGS = st.fixed_dictionaries(
     {
@@ -33,12 +33,9 @@ CONFIGS = st.fixed_dictionaries(
 )
 
 
-def fuzzed(few: int, share: float = 1.0, until_found: bool = False) -> Any:
-    """Settings of a test that draws ``few`` examples in ``make test``, and its share of all in ``make fuzz``.
-
-    ``until_found`` is for mistakes that are made on purpose: the first counterexample will do.
-    """
-    explores = EXPLORED and not until_found
+def fuzzed(few: int, share: float = 0.0, shrinks: bool = True) -> Any:
+    """Settings of a test that draws ``few`` examples in ``make test``, and its share of all in ``make fuzz``."""
+    explores = bool(EXPLORED and share)
     return settings(
         max_examples=max(few, int(EXPLORED * share)) if explores else few,
         derandomize=not explores,
@@ -46,7 +43,7 @@ def fuzzed(few: int, share: float = 1.0, until_found: bool = False) -> Any:
         deadline=None,
         print_blob=True,
         report_multiple_bugs=False,
-        phases=[Phase.generate] if until_found else [Phase.generate, Phase.target, Phase.shrink],
+        phases=[Phase.generate, Phase.shrink] if shrinks else [Phase.generate],
         suppress_health_check=list(HealthCheck),
     )
 

@@ -1,4 +1,4 @@
-"""Programs in which fuzzing found a mistake, made as small as they can be; each is checked as every drawn program is."""
+"""Programs in which fuzzing found a mistake, made as small as they can be, and checked as drawn programs are."""
 
 from __future__ import annotations
 

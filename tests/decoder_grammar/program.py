@@ -7,15 +7,15 @@ from typing import Any, Literal, get_args
 
 import torch
 from captures import epilogue, trace
-from decoder_grammar.grammar import Step, steps
-from decoder_grammar.scope import Scope, Sizes
-from decoder_grammar.symbols import Layer, Linear, Norm
 from hypothesis import strategies as st
 from torch import Tensor, fx, nn
 from torch._subclasses import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
 from torch.nn import functional as F
 
+from decoder_grammar.grammar import Step, steps
+from decoder_grammar.scope import Scope, Sizes
+from decoder_grammar.symbols import Layer, Linear, Norm
 from quarot_fx.capture import INPUT, Captured
 from quarot_fx.functionalize import functionalize
 from quarot_fx.legalize import legalize

@@ -3,15 +3,16 @@
 from typing import Literal
 
 import torch
+from torch import Tensor
+
 from decoder_grammar.grammar import production
 from decoder_grammar.scope import Scope
 from decoder_grammar.symbols import Trap
-from torch import Tensor
 
 Axis = Literal[-1, -2, 0]
 Shape = Literal["channels", "tokens", "matrix", "whole", "one", "more axes"]
 
-library = torch.library.Library("decoder_grammar", "DEF")  # noqa: TOR901  lives as long as the module
+library = torch.library.Library("decoder_grammar", "DEF")
 library.define("unknown(Tensor x) -> Tensor")
 library.impl("unknown", lambda x: 2 * x + x.roll(1, -1).square(), "CompositeExplicitAutograd")
 

@@ -3,10 +3,11 @@
 from typing import Literal
 
 import torch
+from torch import Tensor
+
 from decoder_grammar.grammar import production
 from decoder_grammar.scope import Scope
 from decoder_grammar.symbols import Trap
-from torch import Tensor
 
 Axis = Literal[-1, -2, 0]
 

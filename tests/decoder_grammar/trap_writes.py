@@ -3,14 +3,14 @@
 from typing import Literal
 
 import torch
+from torch import Tensor
+
 from decoder_grammar.grammar import production
 from decoder_grammar.scope import Scope
 from decoder_grammar.symbols import Linear, Trap
 from decoder_grammar.trap_values import library
-from torch import Tensor
 
 View = Literal["whole", "channels", "tokens", "one", "transposed", "flat", "step"]
-
 
 
 def _write_unknown(x: Tensor) -> None:
