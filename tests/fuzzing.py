@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from decoder_grammar import Program
 from decoder_grammar.program import Capture, Module
-from hypothesis import HealthCheck, settings
+from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
 from torch import Tensor, fx
 
@@ -22,8 +22,8 @@ from quarot_fx.passes.pipeline import build_pipeline, run_pipeline
 from quarot_fx.program import Program as Rewritten
 
 TOLERANCE = 1e-9
-LOOSE = 1e-4  # where the program itself casts to float32 and nobody widens that
-EXPLORES = int(os.environ.get("QUAROT_FUZZ", 0))  # examples, with seeds of their own; otherwise always the same few
+LOOSE = 2e-2  # where the program itself casts to half precision and nobody widens that
+EXPLORED = int(os.environ.get("QUAROT_FUZZ", 0))  # examples, other ones every time; otherwise always the same few
 CONFIGS = st.fixed_dictionaries(
     {
         "rotation": st.sampled_from(["hadamard", "random"]),
@@ -33,13 +33,17 @@ CONFIGS = st.fixed_dictionaries(
 )
 
 
-def fuzzed(few: int, share: float = 1.0) -> Any:
+def fuzzed(few: int, share: float = 0.0, shrinks: bool = True) -> Any:
     """Settings of a test that draws ``few`` examples in ``make test``, and its share of all in ``make fuzz``."""
+    explores = bool(EXPLORED and share)
     return settings(
-        max_examples=max(1, int(EXPLORES * share)) if EXPLORES else few,
-        derandomize=not EXPLORES,
+        max_examples=max(few, int(EXPLORED * share)) if explores else few,
+        derandomize=not explores,
+        database=None,
         deadline=None,
         print_blob=True,
+        report_multiple_bugs=False,
+        phases=[Phase.generate, Phase.shrink] if shrinks else [Phase.generate],
         suppress_health_check=list(HealthCheck),
     )
 

@@ -7,34 +7,76 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
+import torch
 from decoder_grammar import Program, programs
-from fuzzing import CONFIGS, check_quantized, check_rotated, fuzzed
-from hypothesis import Phase, event, given, settings
+from fuzzing import CONFIGS, check_compiled, check_quantized, check_rotated, fuzzed
+from hypothesis import event, given
+
+from quarot_fx.basis.operator import Operator
+from quarot_fx.basis.rules import rules
+
+aten = torch.ops.aten
 
 
-@fuzzed(few=120, share=0.8)
+@fuzzed(few=100, share=0.8)
 @given(programs(), CONFIGS)
 def test_rotated_programs_are_equal(program: Program, options: dict[str, Any]) -> None:
     plan = check_rotated(program, options)
     event(f"transforms: {'none' if not plan.transforms else 'online' if plan.online else 'free'}")
 
 
-@fuzzed(few=40, share=0.2)
+@fuzzed(few=25, share=0.15)
 @given(programs(max_layers=3), CONFIGS)
 def test_quantized_programs_run(program: Program, options: dict[str, Any]) -> None:
     check_quantized(program, options)
 
 
-# -- does it find anything? ------------------------------------------------------------------------
+@fuzzed(few=8, share=0.05, shrinks=False)  # as tracing takes its time
+@given(programs(max_layers=3), CONFIGS)
+def test_compiled_programs_are_equal(program: Program, options: dict[str, Any]) -> None:
+    check_compiled(program, options)
+
+
+# -- would it find anything? -----------------------------------------------------------------------
 
 
 def test_most_programs_are_rotated() -> None:
-    rotated: list[bool] = []
+    found = []
 
-    @settings(max_examples=40, derandomize=True, database=None, deadline=None, phases=[Phase.generate])
-    @given(programs(), CONFIGS)
+    @fuzzed(few=30)
+    @given(programs(max_layers=3), CONFIGS)
     def draw(program: Program, options: dict[str, Any]) -> None:
-        rotated.append(bool(check_rotated(program, options).transforms))
+        found.append(bool(check_rotated(program, options).transforms))
 
     draw()
-    assert sum(rotated) > 0.5 * len(rotated)
+    assert sum(found) > 0.5 * len(found)
+
+
+def passes_every_basis_on(op: Operator) -> None:
+    """A rule that is wrong of all operators but those that treat the elements of an axis alike and apart."""
+    for result in op.results:
+        for axis, origin in zip(result.axes(), op.uses[0].axes(), strict=True):
+            if axis.size == origin.size:
+                op.tie(origin, axis)
+
+
+@pytest.mark.parametrize(
+    "operators",
+    [
+        pytest.param([aten.silu.default, aten.gelu.default, aten.relu.default], id="activations"),
+        pytest.param([aten.flip.default, aten.roll.default, aten.sort.default], id="moves"),
+        pytest.param([aten.add.Tensor, aten.sub.Tensor], id="sums"),
+    ],
+)
+def test_a_wrong_rule_is_found(operators: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    for operator in operators:
+        monkeypatch.setitem(rules(), str(operator), passes_every_basis_on)
+
+    @fuzzed(few=200, shrinks=False)
+    @given(programs(), CONFIGS)
+    def draw(program: Program, options: dict[str, Any]) -> None:
+        check_rotated(program, options)
+
+    with pytest.raises(AssertionError, match="off by"):
+        draw()

@@ -105,10 +105,10 @@ class Module(nn.Module):
         self.program = program
         for name, tensor in program.tensors().items():
             if name.startswith("weight"):
-                self.register_parameter(name, nn.Parameter(tensor.clone()))
+                setattr(self, name, nn.Parameter(tensor) if tensor.is_floating_point() else nn.Buffer(tensor))
 
     def forward(self, inputs: dict[str, Tensor]) -> list[Tensor]:
-        given = {**self._parameters, **inputs}
+        given = {**self._parameters, **self._buffers, **inputs}
         return self.program.run(Scope(self.program.sizes, self.program.dtype, given=given))
 
 

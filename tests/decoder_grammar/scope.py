@@ -60,9 +60,13 @@ class Scope:
     def tied(self, *shape: int) -> Tensor:
         """Return the first parameter of that shape again; a fresh one if there is none."""
         for name, tensor in self._handed_out.items():
-            if name.startswith("weight") and tensor.shape == shape:
+            if name.startswith("weight") and tensor.shape == shape and tensor.is_floating_point():
                 return tensor
         return self.weight(*shape)
+
+    def integers(self, *shape: int) -> Tensor:
+        """Return a buffer of small integers."""
+        return self._tensor("weight", shape, 7)
 
     def input(self, *shape: int) -> Tensor:
         """Return another input of the graph."""

@@ -32,9 +32,7 @@ def _term(m: Scope, x: Tensor, shape: Shape, kind: Literal["weight", "input", "i
         "one": (1,),
         "more axes": (1,) * x.ndim + x.shape[-1:],
     }[shape]
-    if kind == "integers":
-        return torch.arange(torch.Size(sizes).numel()).reshape(sizes)
-    return m.weight(*sizes) if kind == "weight" else m.input(*sizes)
+    return {"weight": m.weight, "input": m.input, "integers": m.integers}[kind](*sizes)
 
 
 @production(Trap)
