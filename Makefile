@@ -5,7 +5,10 @@ BIN := $(VENV)/bin
 # Two workers, one thread each: more threads than cores make torch slower, not faster.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
 
-.PHONY: demo test test-slow lint
+# How many random programs `make fuzz` draws.
+EXAMPLES ?= 4000
+
+.PHONY: demo test test-slow fuzz lint
 
 demo: $(VENV)/installed-models
 	$(BIN)/quarot-fx demo
@@ -15,6 +18,9 @@ test: lint
 
 test-slow: $(VENV)/installed-dev
 	$(PYTEST) -m slow
+
+fuzz: $(VENV)/installed-dev
+	QUAROT_FUZZ=$(EXAMPLES) $(PYTEST) tests/test_fuzzing.py
 
 lint: $(VENV)/installed-dev
 	$(BIN)/ruff check .

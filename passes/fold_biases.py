@@ -8,7 +8,7 @@ from typing import ClassVar
 import torch
 from torch import fx
 
-from quarot_fx.graph import Inserter, argument_nodes, module_path
+from quarot_fx.graph import Inserter, argument_nodes, is_tensor, module_path
 from quarot_fx.linear_like import LinearLike
 from quarot_fx.passes.base import Pass
 from quarot_fx.passes.fold_gains import gain_of, stand_in
@@ -48,8 +48,9 @@ class FoldBiases(Pass):
 
 
 def can_add_bias(linear: LinearLike) -> bool:
-    """Whether a layer's operator adds something to the plain product: ``addmm`` may scale both."""
-    return str(linear.node.target) in HAS_BIAS and all(scale == 1 for scale in linear.node.kwargs.values())
+    """Whether a layer's operator adds a vector to the product: ``addmm`` may add a matrix, and scale both."""
+    is_plain = all(scale == 1 for scale in linear.node.kwargs.values())
+    return str(linear.node.target) in HAS_BIAS and is_plain and linear.adds_at_most_a_vector
 
 
 def add_bias(linear: LinearLike, shift: fx.Node, author: str) -> None:
@@ -60,9 +61,7 @@ def add_bias(linear: LinearLike, shift: fx.Node, author: str) -> None:
     with node.graph.inserting_before(node):
         row = insert.call(aten.to.dtype, insert.call(aten.reshape.default, shift, [-1]), dtype)
         matrix = weight if linear.spelling.contracted == -1 else insert.call(aten.t.default, weight)
-        moved = insert.call(aten.linear.default, row, matrix)
-        if bias is not None:  # of any shape that broadcasts
-            moved = insert.call(aten.to.dtype, insert.call(aten.add.Tensor, moved, bias), dtype)
+        moved = insert.call(aten.linear.default, row, matrix, *([bias] if is_tensor(bias) else []))
     if str(node.target) == "aten.linear.default":
         node.args = (node.args[0], node.args[1], moved)
         node.kwargs = {}

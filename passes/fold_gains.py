@@ -8,7 +8,7 @@ from typing import ClassVar
 import torch
 from torch import fx
 
-from quarot_fx.graph import Constants, Inserter, argument_nodes, is_tensor, module_path, replace_arguments
+from quarot_fx.graph import Constants, Inserter, argument_nodes, hoist, is_tensor, module_path, replace_arguments
 from quarot_fx.linear_like import LinearLike
 from quarot_fx.passes.base import Pass
 from quarot_fx.passes.readers import Blocked, Readers, keeps_last_axis
@@ -66,6 +66,7 @@ def gain_of(node: fx.Node, constants: Constants) -> fx.Node | None:
 def scale_weight(linear: LinearLike, gain: fx.Node, dim: int, author: str) -> None:
     """Replace a linear layer's weight by the weight times a gain along one of its axes."""
     weight, node = linear.weight, linear.node
+    hoist(gain, node)
     insert = Inserter(node.graph, author, node)
     with node.graph.inserting_before(node):
         gain = insert.call(aten.reshape.default, gain, [-1] + [1] * (-dim - 1))

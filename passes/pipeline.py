@@ -10,6 +10,7 @@ from typing import Any
 from quarot_fx.config import QuarotConfig
 from quarot_fx.errors import CheckError, PipelineError, UnknownOptionError
 from quarot_fx.float64 import relative_difference, run_in_float64
+from quarot_fx.garbage import collected_rarely
 from quarot_fx.passes.base import Pass, pass_name
 from quarot_fx.passes.fold_biases import FoldBiases
 from quarot_fx.passes.fold_constants import FoldConstants
@@ -115,6 +116,7 @@ def check_order(passes: Sequence[Pass]) -> None:
                 raise PipelineError(pipeline=",".join(names), reason=f"{one.name} must come after {required}")
 
 
+@collected_rarely()
 def run_pipeline(program: Program, passes: Sequence[Pass], check_inputs: Sequence[Any] | None = None) -> Program:
     """Run passes on a copy of a program and return it.
 

@@ -82,8 +82,11 @@ def _squared(node: fx.Node) -> fx.Node | None:
 
 
 def _centre(graph: fx.Graph, subtraction: fx.Node, source: fx.Node, author: str, report: PassReport) -> None:
+    insert, dtype = Inserter(graph, author, subtraction), value(subtraction).dtype
     with graph.inserting_before(subtraction):
-        new = project_out_mean(Inserter(graph, author, subtraction), source)
+        if dtype != value(source).dtype:  # the mean is of a wider type, and the difference is too
+            source = insert.call(aten.to.dtype, source, dtype)
+        new = project_out_mean(insert, source)
     subtraction.replace_all_uses_with(new)
     report.matched += 1
 

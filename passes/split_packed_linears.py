@@ -39,7 +39,7 @@ class SplitPackedLinears(Pass):
 
     def run(self, program: Program, report: PassReport) -> None:
         for linear in list(linear_likes(program.graph)):
-            if linear.weight.meta["val"].ndim != 2 or (linear.bias is not None and linear.bias.meta["val"].ndim != 1):
+            if linear.weight.meta["val"].ndim != 2 or not linear.adds_at_most_a_vector:
                 continue
             chain = _chain(linear)
             parts = list(_parts(linear, chain)) if chain else []
@@ -161,7 +161,7 @@ def _make(linear: LinearLike, chain: Chain, part: Part, author: str) -> None:
         args[linear.spelling.weight] = insert.call(aten.index_select.default, linear.weight, axis, rows)
         if linear.bias is not None:
             args[linear.spelling.bias or 0] = insert.call(aten.index_select.default, linear.bias, 0, rows)
-        result = insert.call(node.target, *args)  # type: ignore[arg-type]
+        result = insert.call(node.target, *args, **node.kwargs)  # type: ignore[arg-type]
     with graph.inserting_before(target):
         for lead in chain.leads:
             rest = list(lead.args[1:])

@@ -10,6 +10,7 @@ from torch import fx
 
 from quarot_fx.config import QuarotConfig
 from quarot_fx.errors import InputRequiresGradError, QuarotError
+from quarot_fx.garbage import collected_rarely
 
 
 def quarot(
@@ -38,6 +39,7 @@ def quarot(
         return _raising(error)
 
 
+@collected_rarely()
 def compile_graph(
     gm: fx.GraphModule, example_inputs: Sequence[Any], config: QuarotConfig, mode: str | None = None
 ) -> Callable[..., Any]:

@@ -96,6 +96,7 @@ class BoundGraph:
             )
 
     def _bind(self, arguments: Sequence[Any]) -> Lifted:
+        self._captured.check_has_data(arguments)
         bound = self._captured.bind(arguments, self._store)
         program = run_pipeline(bound, self._passes, self._inputs(arguments) if self._checks else None)
         lifted = lift(program.graph_module)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,6 +20,7 @@ from quarot_fx.graph import PARAMETER, unused_name
 from quarot_fx.legalize import legalize
 from quarot_fx.program import Program, copy_graph_module
 from quarot_fx.store import WeightStore
+from quarot_fx.vmap import write_out_vmaps
 
 INPUT = "quarot_input"  # placeholder.meta[INPUT]: its place among the arguments of the captured graph
 
@@ -39,7 +41,7 @@ class Captured:
         """Make a program with the given arguments' parameters bound as stored tensors.
 
         Raises:
-            UnboundParameterError: a parameter has no data that can be read.
+            UnboundParameterError: a parameter is quantised already, or an inference tensor.
         """
         module = copy_graph_module(self.graph_module)
         for node in module.graph.find_nodes(op="placeholder"):
@@ -49,6 +51,14 @@ class Captured:
                 _store(module, node, self.parameters[place], arguments[place])
         module.recompile()
         return Program(module, store)
+
+    def check_has_data(self, arguments: Sequence[Any]) -> None:
+        """Raise :class:`UnboundParameterError` if a parameter among the arguments is on the meta device."""
+        for place, name in self.parameters.items():
+            if arguments[place].is_meta:
+                remedy = "It can be planned, by quarot_fx.explain or rewrite with check=False; to run it, load weights."
+                reason = "is on the meta device and has no data"
+                raise UnboundParameterError(parameter=name, reason=reason, remedy=remedy)
 
 
 def capture(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Captured:
@@ -61,7 +71,10 @@ def capture(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Captured:
             graph break and no message, so none of them gets out.
     """
     placeholders = list(gm.graph.find_nodes(op="placeholder"))
-    graph_module = trace(fx.Interpreter(gm).run, [node.meta["example_value"] for node in placeholders])
+    values = [node.meta["example_value"] for node in placeholders]
+    with _failures_surfacing():
+        gm = write_out_vmaps(gm)
+    graph_module = trace(fx.Interpreter(gm).run, values)
     graph_module.meta.update(gm.meta)
     written = {node.args[0] for node in graph_module.graph.nodes if node.op == "call_function" and _writes(node)}
     parameters = {}
@@ -113,12 +126,19 @@ def trace(function: Callable[..., Any], values: Sequence[Any]) -> fx.GraphModule
     """
     fake_modes = [value.fake_mode for value in values if isinstance(value, FakeTensor)]
     fake_mode = fake_modes[0] if fake_modes else FakeTensorMode(allow_non_fake_inputs=True)
-    try:
+    with _failures_surfacing():
         with torch.no_grad(), fake_mode, fx.traceback.preserve_node_meta():
             traced = make_fx(function, pre_dispatch=True, tracing_mode="real", _allow_non_fake_inputs=True)(*values)
         functionalize(traced)
         legalize(traced.graph)
         return traced
+
+
+@contextmanager
+def _failures_surfacing() -> Iterator[None]:
+    """Turn whatever goes wrong into our error."""
+    try:
+        yield
     except (QuarotError, RestartAnalysis):  # the latter is Dynamo's own, to trace again
         raise
     except Exception as error:
@@ -154,8 +174,6 @@ def _store(module: fx.GraphModule, placeholder: fx.Node, name: str, tensor: torc
 
 def _check_readable(name: str, tensor: torch.Tensor) -> None:
     remedy = "Load the model with real weights in floating point first."
-    if tensor.is_meta:
-        raise UnboundParameterError(parameter=name, reason="is on the meta device and has no data", remedy=remedy)
     if type(tensor) not in (torch.Tensor, torch.nn.Parameter, torch.nn.Buffer):
         reason = f"is a {type(tensor).__name__}: quantised already, or a tensor subclass"
         raise UnboundParameterError(parameter=name, reason=reason, remedy=remedy)

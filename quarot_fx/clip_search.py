@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from quarot_fx.config import QuantScheme
+from quarot_fx.ops import quantize_asymmetric, quantize_symmetric
 from quarot_fx.ops.affine import (
     asymmetric_scale,
     code_range,
@@ -44,6 +45,10 @@ def quantize_weight(weight: Tensor, scheme: QuantScheme) -> tuple[Tensor, Tensor
         GroupSizeError: the group does not divide n.
     """
     bits, group = scheme.bits, scheme.group
+    if weight.is_meta:  # what the operators say of shapes is all that there is to know
+        quantize = quantize_symmetric if scheme.symmetric else quantize_asymmetric
+        codes, scale, *zeros = quantize(weight, bits, group)
+        return codes, scale, zeros[0] if zeros else None
     searched = scheme.clip == "search"
     clip = search_clip(weight, bits, group, scheme.symmetric) if searched else float(scheme.clip)
     zero = None

@@ -136,6 +136,15 @@ class NotFoundError(QuarotError, LookupError):
     template = "found no {kind} {name!r}. {remedy}"
 
 
+class NotCausalLMError(QuarotError, ValueError):
+    """A config that belongs to no causal language model."""
+
+    template = (
+        "{name!r} is the config of a {model_type!r}, for which transformers has no causal language model. "
+        "Give the config of a decoder."
+    )
+
+
 # -- the compiler ----------------------------------------------------------------------------------
 
 

@@ -14,7 +14,7 @@ from torch.fx.node import map_aggregate
 
 from quarot_fx.errors import NonFiniteWeightError
 from quarot_fx.graph import stored_tensor
-from quarot_fx.store import check_not_freed
+from quarot_fx.store import check_not_freed, expression
 
 _WIDE = {
     **dict.fromkeys((torch.float16, torch.bfloat16, torch.float32), torch.float64),
@@ -63,7 +63,13 @@ def run_in_float64(module: fx.GraphModule, *inputs: Any) -> list[torch.Tensor]:
 
 
 def evaluate(node: fx.Node) -> torch.Tensor:
-    """Return the value of a constant node in float64 (integers as they are)."""
+    """Return the value of a constant node in float64 (integers as they are).
+
+    If a parameter that it depends on is on the meta device, so is the result, a contiguous tensor.
+    """
+    if any(leaf.is_meta for leaf in expression(node).leaves):
+        val = node.meta["val"]
+        return torch.empty(val.shape, dtype=_WIDE.get(val.dtype, val.dtype), device="meta")
     values: dict[fx.Node, Any] = {}
 
     def visit(current: fx.Node) -> Any:

@@ -51,7 +51,8 @@ class FunctionalizeReport:
         rewritten: names of the in-place operators that became functional, in order.
         mutated_inputs: names of the inputs and buffers that the epilogue writes, in order.
         frozen: nodes that share storage with what a remaining in-place operator writes, and why it remains.
-            No edge to them may be rewritten; the nodes carry the reason in ``meta[FROZEN]`` too.
+            No edge to them may be rewritten; the nodes carry the reason in ``meta[FROZEN]`` too. They are made and
+            read by copies, so that passes may move whatever else there is.
     """
 
     rewritten: tuple[str, ...]
@@ -113,9 +114,10 @@ class _Functionalizer:
         for node in reversed(self.replaced):
             self.graph.erase_node(node)
         self.graph.eliminate_dead_code(fx.Node.is_impure)
+        frozen = self._mark_frozen()
         self.graph.lint()
         self.gm.recompile()
-        return FunctionalizeReport(tuple(self.rewritten), mutated_inputs, self._mark_frozen())
+        return FunctionalizeReport(tuple(self.rewritten), mutated_inputs, frozen)
 
     # -- analysis of the captured program -----------------------------------------------------
 
@@ -381,7 +383,32 @@ class _Functionalizer:
             node: storage.frozen for storage in self.storages.values() for node in storage.nodes if storage.frozen
         }
         frozen = {}
+        self._wall_in(reasons)
         for node in self.graph.nodes:
             if node in reasons:
                 node.meta[FROZEN] = frozen[node.name] = reasons[node]
         return frozen
+
+    def _wall_in(self, reasons: dict[fx.Node, str]) -> None:
+        """Put copies around what stays mutable, so that a pass may move an operator: it reads a copy made in time."""
+        for node in list(self.graph.nodes):
+            if node in reasons:
+                alias = self.aliases.get(node)
+                if node.op == "call_function" and alias and alias.parent is None and _has_storage(node):
+                    with self.graph.inserting_after(node):
+                        copy = self._insert(node).call(aten.clone.default, node)
+                    node.replace_all_uses_with(copy, delete_user_cb=lambda user, copy=copy: user is not copy)
+                    reasons[copy] = reasons.pop(node)
+            elif node.op == "call_function" and not written_nodes(node):
+                with self.graph.inserting_before(node):
+                    copies = {
+                        source: self._insert(source).call(aten.clone.default, source)
+                        for source in node.all_input_nodes
+                        if source in reasons and _has_storage(source)
+                    }
+                for source, copy in copies.items():
+                    node.replace_input_with(source, copy)
+
+
+def _has_storage(node: fx.Node) -> bool:
+    return isinstance(value(node), torch.Tensor) and all(key >= 0 for key in storage_keys(node))

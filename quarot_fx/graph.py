@@ -12,6 +12,8 @@ from torch._dispatch.python import enable_python_dispatcher
 from torch._subclasses import FakeTensor, FakeTensorMode
 from torch.fx.node import map_aggregate
 
+from quarot_fx.meta import fake_on
+
 aten = torch.ops.aten
 PROVENANCE = ("nn_module_stack", "stack_trace", "source_fn_stack")
 PARAMETER = "parameter"  # node.meta[PARAMETER]: the name that a get_attr node's tensor has in the user's model
@@ -88,7 +90,10 @@ class Inserter:
         owner.register_buffer(name, tensor)
         node = self.graph.get_attr(name)
         with torch.no_grad():
-            self._describe(node, self.fake_mode.from_tensor(tensor, static_shapes=True))
+            if tensor.is_meta:  # it stands for a tensor where all others are
+                self._describe(node, fake_on(tensor, value(self.like).device, self.fake_mode))
+            else:
+                self._describe(node, self.fake_mode.from_tensor(tensor, static_shapes=True))
         if parameter:
             node.meta[PARAMETER] = parameter
         return node
@@ -116,6 +121,14 @@ def after(node: fx.Node) -> fx.Node:
     while nearest.op == "placeholder":
         nearest = nearest.next
     return nearest
+
+
+def hoist(constant: fx.Node, before: fx.Node) -> None:
+    """Move a constant to where a node that comes earlier can read it, with all that it is made of."""
+    if constant > before:
+        for source in constant.all_input_nodes:
+            hoist(source, before)
+        before.prepend(constant)
 
 
 class Constants:

@@ -14,7 +14,9 @@ from quarot_fx.capture import INPUT, Captured, capture, source_name
 from quarot_fx.config import QuarotConfig
 from quarot_fx.coverage import cover
 from quarot_fx.errors import GraphInputError, NotOneGraphError, QuarotError
+from quarot_fx.garbage import collected_rarely
 from quarot_fx.import_graph import import_graph
+from quarot_fx.meta import StandIns, is_on_meta
 from quarot_fx.passes.pipeline import build_pipeline, run_pipeline
 from quarot_fx.program import Program
 from quarot_fx.report import Report
@@ -32,7 +34,8 @@ def rewrite(model: Model, inputs: Inputs = (), *, stop_after: str | None = None,
         model: an ``nn.Module`` or a function of one, which Dynamo traces; or a graph: an exported program or an
             ``fx.GraphModule``, which is taken as it is, symbolic sizes included.
         inputs: example inputs: a tensor, a tuple of positional arguments, or a dict of keyword arguments. An exported
-            program, and a graph with fake values, need none unless ``check=True``.
+            program, and a graph with fake values, need none unless ``check=True``. Parameters and inputs may be on the
+            meta device: all is planned by shapes, and no constant is computed.
         stop_after: name of the last pass to run; ``"rotate"`` gives an equal model in rotated bases.
         options: fields of :class:`~quarot_fx.config.QuarotConfig`.
 
@@ -44,6 +47,7 @@ def rewrite(model: Model, inputs: Inputs = (), *, stop_after: str | None = None,
     Raises:
         NotOneGraphError: the model has graph breaks, or no parameters.
         GraphInputError: a graph does not fit its inputs, or stores no weights.
+        UnboundParameterError: with ``check=True``, a parameter is on the meta device.
     """
     config = QuarotConfig.from_options({**options, **({"stop_after": stop_after} if stop_after else {})})
     program = _rewritten(model, inputs, config)
@@ -55,9 +59,9 @@ def explain(model: Model, inputs: Inputs = (), **options: Any) -> Report:
     """Return what the backend does to a model: every pass, the rotation plan, every linear layer and cache.
 
     Takes the arguments of :func:`rewrite`. Runs every stage against the one before in float64, to report the largest
-    difference; ``check=False`` saves that time.
+    difference, if the model has weights; ``check=False`` saves that time.
     """
-    return cover(_rewritten(model, inputs, QuarotConfig.from_options({"check": True, **options})))
+    return cover(_rewritten(model, inputs, QuarotConfig.from_options({"check": not is_on_meta(model), **options})))
 
 
 def _rewritten(model: Model, inputs: Inputs, config: QuarotConfig) -> Program:
@@ -65,13 +69,19 @@ def _rewritten(model: Model, inputs: Inputs, config: QuarotConfig) -> Program:
     if isinstance(model, fx.GraphModule | torch.export.ExportedProgram):
         captured, arguments = import_graph(model, *_as_given(inputs))
         if not captured.parameters:
-            remedy = "Weights that are its inputs are not known as such: give the exported program, or trace the module."
+            remedy = "Weights that come as inputs are not known to be any: give the exported program or the module."
             raise GraphInputError(reason="it stores no weights", remedy=remedy)
     else:
         captured, arguments = capture_one_graph(model, inputs)
+    if config.check:
+        captured.check_has_data(arguments)
     program = captured.bind(arguments, SHARED)
     places = [node.meta[INPUT] for node in program.graph.find_nodes(op="placeholder")]
     return run_pipeline(program, passes, [arguments[place] for place in places] if config.check else None)
+
+
+class _Collected(BaseException):
+    """Ends the call of a model when its only graph has been collected: neither guards nor results are wanted."""
 
 
 def capture_one_graph(model: Callable[..., Any], inputs: Inputs) -> tuple[Captured, Sequence[Any]]:
@@ -89,10 +99,12 @@ def capture_one_graph(model: Callable[..., Any], inputs: Inputs) -> tuple[Captur
     return found[0]
 
 
+@collected_rarely()
 def capture_graphs(model: Callable[..., Any], inputs: Inputs) -> list[tuple[Captured, Sequence[Any]]]:
     """Capture all graphs with parameters that Dynamo makes of a model, with the arguments that each is called with."""
     found: list[tuple[Captured, Sequence[Any]]] = []
     errors: list[QuarotError] = []
+    stand_ins = StandIns()
 
     def collect(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
         try:
@@ -100,15 +112,26 @@ def capture_graphs(model: Callable[..., Any], inputs: Inputs) -> list[tuple[Capt
             captured = capture(gm, example_inputs)
             _name_inputs(captured.graph_module)
             if captured.parameters:
-                found.append((captured, list(example_inputs)))
+                found.append((captured, [stand_ins.original(argument) for argument in example_inputs]))
         except QuarotError as error:
             errors.append(error)
         return gm.forward
 
+    def collect_all(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
+        collect(gm, example_inputs)
+        raise _Collected
+
     args, kwargs = _arguments(model, inputs)
     without_limits = torch._dynamo.config.patch(recompile_limit=2**16, accumulated_recompile_limit=2**16)
     with torch.no_grad(), without_limits:
-        torch.compile(model, backend=collect, dynamic=False)(*args, **kwargs)
+        try:
+            stand_ins.call(torch.compile(model, backend=collect_all, dynamic=False, fullgraph=True), args, kwargs)
+        except _Collected:
+            pass
+        except Exception:  # there is more than one graph, or none
+            found.clear()
+            errors.clear()
+            stand_ins.call(torch.compile(model, backend=collect, dynamic=False), args, kwargs)
     if errors:
         raise errors[0]
     return found

@@ -69,6 +69,11 @@ class LinearLike:
         return self._operand(self.spelling.bias)
 
     @property
+    def adds_at_most_a_vector(self) -> bool:
+        """Whether the bias, if there is one, is one number for each output: ``addmm`` takes what broadcasts."""
+        return self.bias is None or self.bias.meta["val"].shape == (self.weight.meta["val"].shape[self.spelling.out],)
+
+    @property
     def parameter(self) -> str:
         """Name of the weight in the user's model: the largest parameter that the constant depends on."""
         leaves = list(_leaves(self.weight))

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import fx
 from torch.export import ExportedProgram
+from torch.fx._lazy_graph_module import _make_graph_module, _use_lazy_graph_module
 
 from quarot_fx.store import WeightStore, expression
 
@@ -105,6 +106,7 @@ def copy_graph_module(module: fx.GraphModule) -> fx.GraphModule:
         new.meta = copy.copy(old.meta)
         if hasattr(old, "_dynamo_source"):
             new._dynamo_source = old._dynamo_source  # graph_copy keeps meta only
-    new_module = fx.GraphModule(root, graph)
+    with _use_lazy_graph_module(True):  # written out as Python when somebody looks at it or runs it
+        new_module = _make_graph_module(root, graph)
     new_module.meta.update(module.meta)
     return new_module

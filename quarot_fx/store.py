@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from torch import fx
-from torch.utils.weak import WeakTensorKeyDictionary
+from torch.utils.weak import WeakIdRef, WeakTensorKeyDictionary
 
 from quarot_fx.errors import OriginalsFreedError
 from quarot_fx.graph import stored_tensor
@@ -34,7 +34,7 @@ class Expression:
     @property
     def key(self) -> Hashable:
         """What identifies the value: the structure, and each parameter's identity and version."""
-        return self.structure, tuple((id(leaf), version(leaf)) for leaf in self.leaves)
+        return self.structure, tuple((WeakIdRef(leaf), version(leaf)) for leaf in self.leaves)
 
 
 def version(tensor: torch.Tensor) -> tuple[int, int]:
@@ -127,23 +127,18 @@ class WeightStore:
     """Weak storage of constants by :class:`Expression`."""
 
     def __init__(self) -> None:
-        self._entries: dict[Hashable, tuple[weakref.ref[torch.Tensor], list[weakref.ref[torch.Tensor]]]] = {}
+        self._constants: weakref.WeakValueDictionary[Hashable, torch.Tensor] = weakref.WeakValueDictionary()
 
     def get(self, made: Expression, purpose: str, compute: Callable[[], torch.Tensor]) -> torch.Tensor:
         """Return the constant that ``made`` and ``purpose`` name, computing it if no graph holds it yet."""
         key = (purpose, made.key)
-        if key in self._entries:
-            constant, leaves = self._entries[key]
-            found = constant()
-            if found is not None and all(ref() is leaf for ref, leaf in zip(leaves, made.leaves, strict=True)):
-                return found
-        computed = compute()
-        self._entries = {k: entry for k, entry in self._entries.items() if entry[0]() is not None}
-        self._entries[key] = weakref.ref(computed), [weakref.ref(leaf) for leaf in made.leaves]
-        return computed
+        constant = self._constants.get(key)
+        if constant is None:
+            constant = self._constants[key] = compute()
+        return constant
 
     def __len__(self) -> int:
-        return sum(constant() is not None for constant, _ in self._entries.values())
+        return len(self._constants)
 
 
 SHARED = WeightStore()

@@ -3,6 +3,7 @@ from __future__ import annotations
 import importlib.util
 import itertools
 import json
+import shutil
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -179,6 +180,57 @@ def test_explain_stops_after_a_pass(tiny_folder, tmp_path):
 def test_explain_needs_no_tokenizer(tmp_path):
     save_tiny_model(tmp_path, with_tokenizer=False)
     run("explain", tmp_path)
+
+
+SMALL = ("--set", "num_hidden_layers=1", "--set", "hidden_size=64", "--set", "intermediate_size=176")
+
+
+@pytest.mark.parametrize("file", ["", "config.json"])
+def test_explain_plans_from_a_config_what_it_plans_from_the_model(tiny_folder, tmp_path, file):
+    (tmp_path / "config").mkdir()
+    shutil.copy(tiny_folder / "config.json", tmp_path / "config")  # and no weights
+    options = ("--option", "check=False", "--json")
+    run("explain", tiny_folder, *options, tmp_path / "model.json")
+    output = run("explain", "--config", tmp_path / "config" / file, *options, tmp_path / "config.json")
+    from_model, from_config = (json.loads((tmp_path / name).read_text()) for name in ("model.json", "config.json"))
+    assert "weights: 0.5 MiB -> 0.2 MiB" in output
+    for key in ("plan", "linears", "caches", "weight_bytes"):
+        assert from_config[key] == from_model[key]
+
+
+def test_explain_plans_a_model_type_with_changes(tmp_path):
+    run("explain", "--config", "llama", *SMALL, "--set", "dtype=bfloat16", "--json", tmp_path / "report.json")
+    report = json.loads((tmp_path / "report.json").read_text())
+    parameters = 2 * 32000 * 64 + 4 * 64 * 64 + 3 * 64 * 176 + 3 * 64  # vocabulary and heads are the type's own
+    assert report["weight_bytes"][0] == 2 * parameters + 4  # inv_freq
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--config", "absent/config.json"), "found no config 'absent/config.json'. Give a config.json, a folder"),
+        (("--config", "llamma"), "Did you mean 'llama'?"),
+        (("--config", "t5"), "'t5' is the config of a 't5', for which transformers has no causal language model"),
+        (("--config", "llama", "--set", "hidden=64"), "unknown field of the config 'hidden'. Did you mean 'hidden_"),
+        (("--config", "llama", "--set", "hidden_size=wide"), "LlamaConfig refuses it"),
+        (("--config", "llama", *SMALL, "--option", "check=True"), "is on the meta device"),
+        (("smollm2", "--config", "llama"), "give either a MODEL, with weights, or --config"),
+        ((), "give either a MODEL, with weights, or --config"),
+        (("smollm2", "--set", "hidden_size=64"), "needs --config"),
+    ],
+)
+def test_mistakes_in_what_to_explain_are_one_line(monkeypatch, arguments, message):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    output = run("explain", *arguments, exit_code=1)
+    assert message in output
+    assert "Traceback" not in output
+
+
+def test_an_unknown_model_type_in_a_config_suggests_the_nearest(tmp_path):
+    (tmp_path / "config.json").write_text('{"model_type": "lama"}', encoding="utf-8")
+    output = run("explain", "--config", tmp_path, exit_code=1)
+    assert "found no model type 'lama'" in output
+    assert "Did you mean 'llama'?" in output
 
 
 def test_explain_of_float_is_refused(tiny_folder):

@@ -104,7 +104,7 @@ def test_a_parameter_on_the_meta_device():
     with torch.device("meta"):
         model = Model().eval()
     with pytest.raises(errors.UnboundParameterError, match=r"'first\.\w+' is on the meta device"):
-        quarot_fx.rewrite(model, torch.randn(2, 8, device="meta"))
+        run(model, torch.randn(2, 8, device="meta"))
 
 
 def test_an_inference_tensor_as_a_parameter():

@@ -70,20 +70,30 @@ def parse_setting(text: str, options: Mapping[str, Any] | None = None) -> Settin
 
 
 def parse_options(assignments: Iterable[str]) -> dict[str, Any]:
-    """Read ``NAME=VALUE`` texts as options; a value is a Python literal, or else a string.
+    """Read ``NAME=VALUE`` texts as options.
 
     Raises:
         OptionError: a text has no ``=``.
         UnknownOptionError: a name is not a field of :class:`QuarotConfig`.
     """
-    options = {}
+    options = parse_assignments(assignments)
+    QuarotConfig.from_options(options)
+    return options
+
+
+def parse_assignments(assignments: Iterable[str]) -> dict[str, Any]:
+    """Read ``NAME=VALUE`` texts; a value is a Python literal, or else a string.
+
+    Raises:
+        OptionError: a text has no ``=``.
+    """
+    values: dict[str, Any] = {}
     for assignment in assignments:
         name, equals, value = assignment.partition("=")
         if not equals:
             raise OptionError(name=assignment, value="", reason="write it as NAME=VALUE")
         try:
-            options[name] = ast.literal_eval(value)
+            values[name] = ast.literal_eval(value)
         except (ValueError, SyntaxError):
-            options[name] = value
-    QuarotConfig.from_options(options)
-    return options
+            values[name] = value
+    return values

@@ -3,11 +3,12 @@
 from typing import Literal
 
 import torch
+from torch import Tensor
+from torch.nn import functional as F
+
 from decoder_grammar.grammar import production
 from decoder_grammar.scope import Scope
 from decoder_grammar.symbols import Cache, Kernel, Linear, Mixer, Norm, Packed, Positions, Projection, Trap
-from torch import Tensor
-from torch.nn import functional as F
 
 
 @production(Mixer, weight=3)
@@ -105,7 +106,9 @@ def rotary(m: Scope, x: Tensor, *, partial: bool, order: Literal["halves", "pair
         y = torch.stack((even * cos - odd * sin, even * sin + odd * cos), -1).flatten(-2)
     else:
         turn = torch.polar(torch.ones_like(angles).float(), angles.float())
-        pairs = torch.view_as_complex(y.float().reshape(*y.shape[:-1], -1, 2).contiguous())
+        pairs = torch.view_as_complex(
+            y.float().reshape(*y.shape[:-1], -1, 2).clone(memory_format=torch.contiguous_format)
+        )
         y = torch.view_as_real(pairs * turn).flatten(-2).to(x.dtype)
     return torch.cat((y, rest), -1) if rest.shape[-1] else y
 

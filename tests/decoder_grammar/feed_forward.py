@@ -3,11 +3,12 @@
 from typing import Literal
 
 import torch
+from torch import Tensor
+from torch.nn import functional as F
+
 from decoder_grammar.grammar import production
 from decoder_grammar.scope import Scope
 from decoder_grammar.symbols import Activation, Linear, Mixer, Norm, Packed, Trap
-from torch import Tensor
-from torch.nn import functional as F
 
 
 @production(Mixer, weight=2)

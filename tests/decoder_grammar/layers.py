@@ -2,10 +2,11 @@
 
 from typing import Literal
 
+from torch import Tensor
+
 from decoder_grammar.grammar import production
 from decoder_grammar.scope import Scope
 from decoder_grammar.symbols import Layer, Mixer, Norm, Trap
-from torch import Tensor
 
 
 @production(Layer, weight=4)

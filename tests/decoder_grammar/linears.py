@@ -3,11 +3,12 @@
 from typing import Literal
 
 import torch
+from torch import Tensor
+from torch.nn import functional as F
+
 from decoder_grammar.grammar import production
 from decoder_grammar.scope import Scope
 from decoder_grammar.symbols import Linear, Packed
-from torch import Tensor
-from torch.nn import functional as F
 
 
 @production(Linear, weight=3)
@@ -110,7 +111,9 @@ def overlapping(m: Scope, x: Tensor, sizes: list[int], *, one: Linear) -> list[T
 
 
 @production(Packed)
-def interleaved(m: Scope, x: Tensor, sizes: list[int], *, one: Linear, by: Literal["step", "view", "unbind"]) -> list[Tensor]:
+def interleaved(
+    m: Scope, x: Tensor, sizes: list[int], *, one: Linear, by: Literal["step", "view", "unbind"]
+) -> list[Tensor]:
     """Parts in turn, element by element."""
     if len(set(sizes)) > 1:
         return [one(m, x, size) for size in sizes]

@@ -3,11 +3,12 @@
 from typing import Literal
 
 import torch
+from torch import Tensor
+from torch.nn import functional as F
+
 from decoder_grammar.grammar import production
 from decoder_grammar.scope import Scope
 from decoder_grammar.symbols import Norm
-from torch import Tensor
-from torch.nn import functional as F
 
 Gain = Literal["g", "none", "1 + g", "g after a cast"]
 

@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from captures import epilogue, trace
+from hypothesis import strategies as st
+from torch import Tensor, fx, nn
+from torch._subclasses import FakeTensorMode
+from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
+from torch.nn import functional as F
+
 from decoder_grammar.grammar import Step, steps
 from decoder_grammar.scope import Scope, Sizes
 from decoder_grammar.symbols import Layer, Linear, Norm
-from hypothesis import strategies as st
-from torch import Tensor, fx
-from torch._subclasses import FakeTensorMode
-from torch.fx.experimental.symbolic_shapes import ShapeEnv
-from torch.nn import functional as F
-
 from quarot_fx.capture import INPUT, Captured
 from quarot_fx.functionalize import functionalize
 from quarot_fx.legalize import legalize
@@ -36,6 +36,7 @@ class Program:
         sizes: of its axes.
         dtype: of weights and inputs; in float64 the stored constants are exact too.
         seed: of the values of weights and inputs.
+        dynamic: whether all axes of inputs but the last are of unknown size when the program is captured.
         begin: what the residual stream is at first.
         layers: what it goes through.
         final_norm, head, end: how it ends.
@@ -44,6 +45,7 @@ class Program:
     sizes: Sizes
     dtype: torch.dtype
     seed: int
+    dynamic: bool
     begin: Begin
     layers: list[Step]
     final_norm: Step
@@ -71,17 +73,48 @@ class Program:
             )
         return outputs + m.outputs
 
-    def capture(self) -> Capture:
-        """Trace the program as the backend does."""
+    def tensors(self) -> dict[str, Tensor]:
+        """Return the weights and inputs by name, as they are before the program runs."""
         m = Scope(self.sizes, self.dtype, self.seed)
         with torch.no_grad():
             self.run(m)
+        return m.made
+
+    def capture(self) -> Capture:
+        """Trace the program as the backend does."""
+        made = self.tensors()
 
         def function(*tensors: Tensor) -> list[Tensor]:
-            return self.run(Scope(self.sizes, self.dtype, given=dict(zip(m.made, tensors, strict=True))))
+            return self.run(Scope(self.sizes, self.dtype, given=dict(zip(made, tensors, strict=True))))
 
-        mode = FakeTensorMode(shape_env=ShapeEnv(), static_shapes=True, allow_non_fake_inputs=True)
-        return Capture(trace(function, [mode.from_tensor(tensor) for tensor in m.made.values()]), m.made)
+        mode = FakeTensorMode(shape_env=ShapeEnv(duck_shape=False), allow_non_fake_inputs=True)
+        fakes = [
+            mode.from_tensor(tensor, symbolic_context=_unknown_sizes(tensor))
+            if self.dynamic and not name.startswith("weight")
+            else mode.from_tensor(tensor, static_shapes=True)
+            for name, tensor in made.items()
+        ]
+        return Capture(trace(function, fakes), made)
+
+
+class Module(nn.Module):
+    """A program with its weights as parameters; takes its inputs by name."""
+
+    def __init__(self, program: Program) -> None:
+        super().__init__()
+        self.program = program
+        for name, tensor in program.tensors().items():
+            if name.startswith("weight"):
+                setattr(self, name, nn.Parameter(tensor) if tensor.is_floating_point() else nn.Buffer(tensor))
+
+    def forward(self, inputs: dict[str, Tensor]) -> list[Tensor]:
+        given = {**self._parameters, **self._buffers, **inputs}
+        return self.program.run(Scope(self.program.sizes, self.program.dtype, given=given))
+
+
+def _unknown_sizes(tensor: Tensor) -> StatelessSymbolicContext[Any, Any]:
+    known = [DimDynamic.STATIC] if tensor.is_floating_point() else [DimDynamic.DYNAMIC]
+    return StatelessSymbolicContext([DimDynamic.DYNAMIC] * (tensor.ndim - 1) + known)
 
 
 @dataclass(frozen=True)
@@ -134,6 +167,7 @@ def programs(max_layers: int = 5) -> st.SearchStrategy[Program]:
         sizes=SIZES,
         dtype=st.sampled_from([torch.float32, torch.float64, torch.bfloat16]),
         seed=st.integers(0, 9),
+        dynamic=st.sampled_from([False, False, True]),
         begin=st.sampled_from(get_args(Begin)),
         layers=st.lists(steps(Layer), min_size=1, max_size=max_layers),
         final_norm=steps(Norm),

@@ -50,8 +50,8 @@ class Scope:
         self.sizes, self.dtype = sizes, dtype
         self.made: dict[str, Tensor] = {}
         self.outputs: list[Tensor] = []
-        self._given, self._handed_out = given, dict[str, Tensor]()
-        self._generator = torch.Generator().manual_seed(seed)
+        self._given, self._seed = given, seed
+        self._handed_out: dict[str, Tensor] = {}
 
     def weight(self, *shape: int) -> Tensor:
         """Return a fresh parameter: no gain is 1 and no bias 0, which would hide mistakes."""
@@ -60,9 +60,13 @@ class Scope:
     def tied(self, *shape: int) -> Tensor:
         """Return the first parameter of that shape again; a fresh one if there is none."""
         for name, tensor in self._handed_out.items():
-            if name.startswith("weight") and tensor.shape == shape:
+            if name.startswith("weight") and tensor.shape == shape and tensor.is_floating_point():
                 return tensor
         return self.weight(*shape)
+
+    def integers(self, *shape: int) -> Tensor:
+        """Return a buffer of small integers."""
+        return self._tensor("weight", shape, 7)
 
     def input(self, *shape: int) -> Tensor:
         """Return another input of the graph."""
@@ -81,8 +85,9 @@ class Scope:
         return tensor
 
     def _make(self, kind: str, shape: tuple[int, ...], size: int | None) -> Tensor:
+        generator = torch.Generator().manual_seed(1000 * self._seed + len(self.made))
         if size is not None:
-            return torch.randint(size, shape, generator=self._generator)
+            return torch.randint(size, shape, generator=generator)
         fan_in = shape[-1] if len(shape) > 1 and kind == "weight" else 1
-        noise = torch.randn(shape, generator=self._generator, dtype=torch.float64) * fan_in**-0.5
+        noise = torch.randn(shape, generator=generator, dtype=torch.float64) * fan_in**-0.5
         return noise.to(self.dtype)

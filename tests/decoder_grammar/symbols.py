@@ -1,4 +1,4 @@
-"""The non-terminals: what is computed, told by the shapes that go in and out. Every production takes the scope first."""
+"""The non-terminals: what is computed, told by the shapes that go in and out. Productions take the scope first."""
 
 
 class Layer:

@@ -3,11 +3,12 @@
 from typing import Literal
 
 import torch
+from torch import Tensor
+from torch.nn import functional as F
+
 from decoder_grammar.grammar import production
 from decoder_grammar.scope import Scope
 from decoder_grammar.symbols import Linear, Norm, Trap
-from torch import Tensor
-from torch.nn import functional as F
 
 
 @production(Trap)
@@ -62,7 +63,9 @@ def weight_also_elementwise(
 
 
 @production(Trap)
-def weight_computed(m: Scope, x: Tensor, *, by: Literal["softmax", "product", "normed", "from x", "part", "flip"]) -> Tensor:
+def weight_computed(
+    m: Scope, x: Tensor, *, by: Literal["softmax", "product", "normed", "from x", "part", "flip"]
+) -> Tensor:
     """A matrix that is the result of something."""
     w = m.weight(x.shape[-1], x.shape[-1])
     match by:

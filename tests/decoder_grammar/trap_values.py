@@ -3,15 +3,16 @@
 from typing import Literal
 
 import torch
+from torch import Tensor
+
 from decoder_grammar.grammar import production
 from decoder_grammar.scope import Scope
 from decoder_grammar.symbols import Trap
-from torch import Tensor
 
 Axis = Literal[-1, -2, 0]
 Shape = Literal["channels", "tokens", "matrix", "whole", "one", "more axes"]
 
-library = torch.library.Library("decoder_grammar", "DEF")  # noqa: TOR901  lives as long as the module
+library = torch.library.Library("decoder_grammar", "DEF")
 library.define("unknown(Tensor x) -> Tensor")
 library.impl("unknown", lambda x: 2 * x + x.roll(1, -1).square(), "CompositeExplicitAutograd")
 
@@ -31,9 +32,7 @@ def _term(m: Scope, x: Tensor, shape: Shape, kind: Literal["weight", "input", "i
         "one": (1,),
         "more axes": (1,) * x.ndim + x.shape[-1:],
     }[shape]
-    if kind == "integers":
-        return torch.arange(torch.Size(sizes).numel()).reshape(sizes)
-    return m.weight(*sizes) if kind == "weight" else m.input(*sizes)
+    return {"weight": m.weight, "input": m.input, "integers": m.integers}[kind](*sizes)
 
 
 @production(Trap)

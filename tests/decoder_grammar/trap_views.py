@@ -3,10 +3,11 @@
 from typing import Literal
 
 import torch
+from torch import Tensor
+
 from decoder_grammar.grammar import production
 from decoder_grammar.scope import Scope
 from decoder_grammar.symbols import Trap
-from torch import Tensor
 
 Axis = Literal[-1, -2, 0]
 
@@ -127,7 +128,7 @@ def diagonal(m: Scope, x: Tensor) -> Tensor:
 @production(Trap)
 def bits_cast(m: Scope, x: Tensor, *, to: Literal["complex", "half", "double", "type_as", "like"]) -> Tensor:
     if to == "complex" and x.shape[-1] % 2 == 0 and x.dtype != torch.bfloat16:
-        pairs = torch.view_as_complex(x.reshape(*x.shape[:-1], -1, 2).contiguous())
+        pairs = torch.view_as_complex(x.reshape(*x.shape[:-1], -1, 2).clone(memory_format=torch.contiguous_format))
         return torch.view_as_real(pairs * 1j).flatten(-2)
     if to == "type_as":
         return x.double().type_as(x)

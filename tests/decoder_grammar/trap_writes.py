@@ -3,14 +3,14 @@
 from typing import Literal
 
 import torch
+from torch import Tensor
+
 from decoder_grammar.grammar import production
 from decoder_grammar.scope import Scope
 from decoder_grammar.symbols import Linear, Trap
 from decoder_grammar.trap_values import library
-from torch import Tensor
 
 View = Literal["whole", "channels", "tokens", "one", "transposed", "flat", "step"]
-
 
 
 def _write_unknown(x: Tensor) -> None:
@@ -21,6 +21,9 @@ library.define("write(Tensor(a!) x) -> ()")
 library.impl("write", _write_unknown, "CompositeExplicitAutograd")
 library.define("write_second(Tensor x, Tensor(a!) y) -> Tensor")
 library.impl("write_second", lambda x, y: x + y.add_(x), "CompositeExplicitAutograd")
+
+
+write, write_second = torch.ops.decoder_grammar.write, torch.ops.decoder_grammar.write_second
 
 
 @torch.library.register_fake("decoder_grammar::write")
@@ -66,7 +69,7 @@ def _write(m: Scope, view: Tensor, how: Write) -> None:
         case "fill":
             view[..., 0] = 0.5
         case "unknown":
-            torch.ops.decoder_grammar.write(view)
+            write(view)
         case "clamp":
             view.clamp_(-0.5, 0.5)
         case "index":
@@ -121,9 +124,9 @@ def weight_written(m: Scope, x: Tensor, *, how: Literal["copy", "add", "unknown"
         case "add":
             w[0] += 1
         case "unknown":
-            torch.ops.decoder_grammar.write(w)
+            write(w)
         case "second":
-            y = torch.ops.decoder_grammar.write_second(y, m.weight(*y.shape))
+            y = write_second(y, m.weight(*y.shape))
     return y @ w
 
 
@@ -133,7 +136,7 @@ def part_written_by_unknown(m: Scope, x: Tensor, *, linear: Linear, overlap: boo
     size = x.shape[-1]
     y = linear(m, x, 2 * size)
     first, second = y[..., :size], y[..., size - int(overlap) : 2 * size - int(overlap)]
-    torch.ops.decoder_grammar.write(first)
+    write(first)
     return first + second
 
 
