@@ -21,6 +21,7 @@ from quarot_fx.passes.quantize_activations import QuantizeActivations
 from quarot_fx.passes.quantize_caches import QuantizeCaches
 from quarot_fx.passes.quantize_embeddings import QuantizeEmbeddings
 from quarot_fx.passes.quantize_weights import QuantizeWeights
+from quarot_fx.passes.recognize_experts import RecognizeExperts
 from quarot_fx.passes.recognize_norms import RecognizeNorms
 from quarot_fx.passes.rotate import Rotate
 from quarot_fx.passes.split_packed_linears import SplitPackedLinears
@@ -29,6 +30,7 @@ from quarot_fx.program import Program
 
 DEFAULT_ORDER: tuple[type[Pass], ...] = (
     RecognizeNorms,
+    RecognizeExperts,
     UnifyLinears,
     SplitPackedLinears,  # before gains are folded: a packed weight's readers are its parts
     FoldBiases,  # before gains: a norm's bias stands between its gain and the linears

@@ -16,7 +16,7 @@ CASTS = {
 }  # fmt: skip
 VIEWS = {
     "aten.view.default", "aten.reshape.default", "aten.unsqueeze.default", "aten.squeeze.dim", "aten.expand.default",
-    "aten.flatten.using_ints", "aten._unsafe_view.default", "aten.repeat.default",
+    "aten.flatten.using_ints", "aten._unsafe_view.default", "aten.repeat.default", "aten.repeat_interleave.self_int",
 }  # fmt: skip
 SCALINGS = {"aten.mul.Tensor", "aten.mul.Scalar", "aten.div.Tensor", "aten.div.Scalar"}
 ROWS = {"aten.index.Tensor", "aten.index_select.default", "aten.slice.Tensor", "aten.select.int"}

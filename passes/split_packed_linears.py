@@ -155,7 +155,7 @@ def _make(linear: LinearLike, chain: Chain, part: Part, author: str) -> None:
     graph = node.graph
     insert = Inserter(graph, author, node)
     with graph.inserting_before(node.next):
-        rows = insert.constant("rows", part.rows.reshape(-1).sort().values)
+        rows = insert.constant("rows", part.rows.reshape(-1).sort().values.to(linear.weight.meta["val"].device))
         axis = linear.spelling.out + 2
         args = list(node.args)
         args[linear.spelling.weight] = insert.call(aten.index_select.default, linear.weight, axis, rows)

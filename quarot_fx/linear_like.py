@@ -32,6 +32,7 @@ SPELLINGS: dict[str, Spelling] = {
     "aten.matmul.default": PRODUCT,
     "aten.mm.default": PRODUCT,
     "aten.bmm.default": PRODUCT,
+    "quarot.expert_linear.default": Spelling(x=0, weight=1, bias=None, contracted=-1, out=-2),
     "aten._grouped_mm.default": PRODUCT,
     "transformers.grouped_mm_fallback.default": PRODUCT,
 }

@@ -432,6 +432,7 @@ ONE_CALL: dict[Any, Callable[..., Any]] = {
     aten.index_copy.default: lambda new, a, b, c, d: (new(a, b + d, c), 1, torch.arange(d), new(a, d, c)),
     aten.index_add.default: lambda new, a, b, c, d: (new(a, b + d, c), 1, torch.arange(d), new(a, d, c)),
     quarot.mean_square.default: lambda new, a, b, c, d: (new(a, b, c),),
+    quarot.expert_linear.default: lambda new, a, b, c, d: (new(a, c), new(b, d, c), torch.arange(a) % b),
     quarot.project_out.default: lambda new, a, b, c, d: (
         new(a, b, c),
         torch.nn.functional.normalize(new(c), dim=0),

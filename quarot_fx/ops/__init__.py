@@ -2,6 +2,7 @@
 
 from quarot_fx.ops.declaration import DECLARATIONS, OpDeclaration, declare
 from quarot_fx.ops.dequantize import dequantize
+from quarot_fx.ops.expert_linear import expert_linear
 from quarot_fx.ops.mean_square import mean_square
 from quarot_fx.ops.pack import pack
 from quarot_fx.ops.project_out import project_out
@@ -15,6 +16,7 @@ __all__ = [
     "OpDeclaration",
     "declare",
     "dequantize",
+    "expert_linear",
     "mean_square",
     "pack",
     "project_out",

@@ -27,6 +27,15 @@ def project_out(op: Operator) -> None:
         op.tie(axis, result)
 
 
+@rule(quarot.expert_linear.default)
+def expert_linear(op: Operator) -> None:
+    """A linear layer whose weight each row picks: all experts of a stack share their bases."""
+    x, weight, experts = op["x"], op["weight"], op["experts"]
+    op.tie(x.axis(-1), weight.axis(-1))
+    op.tie(weight.axis(1), op.result.axis(-1))
+    op.pin([x.axis(0), weight.axis(0), op.result.axis(0), *experts.axes()], "picks the expert by row")
+
+
 @rule(quarot.rotate.default)
 def rotate(op: Operator) -> None:
     """A transform that is there already: its axis is taken as it is, the others pass."""
