@@ -10,30 +10,31 @@ from typing import Any
 import pytest
 import torch
 from decoder_grammar import Program, programs
-from fuzzing import CONFIGS, check_compiled, check_quantized, check_rotated, fuzzed
+from fuzzing import CONFIGS, EXPLORED, check_compiled, check_quantized, check_rotated, fuzzed
 from hypothesis import event, given
 
 from quarot_fx.basis.operator import Operator
 from quarot_fx.basis.rules import rules
+from quarot_fx.basis.rules.elementwise import broadcast
 
 aten = torch.ops.aten
 
 
 @fuzzed(few=100, share=0.8)
-@given(programs(), CONFIGS)
+@given(programs(max_layers=5 if EXPLORED else 2), CONFIGS)
 def test_rotated_programs_are_equal(program: Program, options: dict[str, Any]) -> None:
     plan = check_rotated(program, options)
     event(f"transforms: {'none' if not plan.transforms else 'online' if plan.online else 'free'}")
 
 
-@fuzzed(few=25, share=0.15)
-@given(programs(max_layers=3), CONFIGS)
+@fuzzed(few=20, share=0.15)
+@given(programs(max_layers=2), CONFIGS)
 def test_quantized_programs_run(program: Program, options: dict[str, Any]) -> None:
     check_quantized(program, options)
 
 
-@fuzzed(few=8, share=0.05, shrinks=False)  # as tracing takes its time
-@given(programs(max_layers=3), CONFIGS)
+@fuzzed(few=5, share=0.05, shrinks=False)  # as tracing takes its time
+@given(programs(max_layers=2), CONFIGS)
 def test_compiled_programs_are_equal(program: Program, options: dict[str, Any]) -> None:
     check_compiled(program, options)
 
@@ -44,8 +45,8 @@ def test_compiled_programs_are_equal(program: Program, options: dict[str, Any]) 
 def test_most_programs_are_rotated() -> None:
     found = []
 
-    @fuzzed(few=30)
-    @given(programs(max_layers=3), CONFIGS)
+    @fuzzed(few=20)
+    @given(programs(max_layers=2), CONFIGS)
     def draw(program: Program, options: dict[str, Any]) -> None:
         found.append(bool(check_rotated(program, options).transforms))
 
@@ -54,18 +55,18 @@ def test_most_programs_are_rotated() -> None:
 
 
 def passes_every_basis_on(op: Operator) -> None:
-    """A rule that is wrong of all operators but those that treat the elements of an axis alike and apart."""
-    for result in op.results:
-        for axis, origin in zip(result.axes(), op.uses[0].axes(), strict=True):
-            if axis.size == origin.size:
-                op.tie(origin, axis)
+    """A rule that is wrong of all that is not linear, and of sums with something that is the same along an axis."""
+    for use in op.uses:
+        for axis, result in broadcast(use, op.result):
+            if axis is not None:
+                op.tie(axis, result)
 
 
 @pytest.mark.parametrize(
     "operators",
     [
         pytest.param([aten.silu.default, aten.gelu.default, aten.relu.default], id="activations"),
-        pytest.param([aten.flip.default, aten.roll.default, aten.sort.default], id="moves"),
+        pytest.param([aten.mul.Tensor], id="products"),
         pytest.param([aten.add.Tensor, aten.sub.Tensor], id="sums"),
     ],
 )
@@ -73,8 +74,8 @@ def test_a_wrong_rule_is_found(operators: list[Any], monkeypatch: pytest.MonkeyP
     for operator in operators:
         monkeypatch.setitem(rules(), str(operator), passes_every_basis_on)
 
-    @fuzzed(few=200, shrinks=False)
-    @given(programs(), CONFIGS)
+    @fuzzed(few=150, shrinks=False)
+    @given(programs(max_layers=2), CONFIGS)
     def draw(program: Program, options: dict[str, Any]) -> None:
         check_rotated(program, options)
 
