@@ -8,7 +8,7 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
 # How many random programs `make fuzz` draws.
 EXAMPLES ?= 4000
 
-.PHONY: demo test test-slow fuzz lint
+.PHONY: demo test test-slow fuzz sweep lint
 
 demo: $(VENV)/installed-models
 	$(BIN)/quarot-fx demo
@@ -18,6 +18,10 @@ test: lint
 
 test-slow: $(VENV)/installed-dev
 	$(PYTEST) -m slow
+
+# Every decoder that transformers registers; writes docs/architectures.md.
+sweep: $(VENV)/installed-dev
+	OMP_NUM_THREADS=1 $(BIN)/python tests/sweep.py --jobs 2
 
 fuzz: $(VENV)/installed-dev
 	QUAROT_FUZZ=$(EXAMPLES) $(PYTEST) tests/test_fuzzing.py

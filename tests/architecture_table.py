@@ -20,9 +20,9 @@ Every causal language model that transformers {versions[transformers]} registers
 |---|---|
 | graphs | that Dynamo makes of the model; where there is more than one, what passes between them is canonical |
 | rotated graph | against the captured one, all casts promoted to float64: relative difference of all outputs |
-| float64, float32 | compiled without quantisation against eager; eager casts norms and RoPE to float32. A dash: eager does not run in float64 |
-| W4A4KV4 | relative difference of the logits from those in float32: weights are random, so only that it is finite says much |
-| quantised, rotated | linear layers, expert stacks counting once; heads and routers, which keep their precision, left out |
+| float64, float32 | compiled, not quantised, against eager, which casts norms to float32; a dash: it has no float64 |
+| W4A4KV4 | relative difference of the logits from float32; weights are random, so only that it is finite says much |
+| quantised, rotated | linear layers, a stack of experts as one, without heads and routers, which keep their precision |
 | K, V | reads of keys and values by attention that are quantised, and their number |
 | online | transforms that run with the model, a decoder layer |
 

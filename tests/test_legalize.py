@@ -6,6 +6,7 @@ from captures import capture, targets
 from graphs import tokens
 
 from quarot_fx.float64 import relative_difference, run_in_float64
+from quarot_fx.functionalize import functionalize
 from quarot_fx.legalize import legalize
 
 aten = torch.ops.aten
@@ -14,6 +15,7 @@ aten = torch.ops.aten
 def legalized(function, *inputs, dynamic=False):
     """Capture and legalize a function; the outputs stay what eager gives."""
     gm = capture(function, *inputs, dynamic=dynamic)
+    functionalize(gm)  # as in a capture; it takes away copies of what the code spells out
     legalize(gm.graph)
     gm.graph.lint()
     gm.recompile()
@@ -77,3 +79,54 @@ def test_scalar_keeps_its_say_in_the_dtype():
     gm = capture(lambda x, s: x * s.expand(4), tokens(4), torch.tensor(2.0, dtype=torch.float64))
     legalize(gm.graph)
     assert aten.expand.default in targets(gm)
+
+
+EXAMPLES = {
+    "new_zeros": (lambda x: x.new_zeros(3, 5) + x.sum(), aten.zeros.default),
+    "new_full": (lambda x: x.new_full((3, 5), 1.5) + x.sum(), aten.full.default),
+    "zeros_like": (lambda x: torch.zeros_like(x) + x, aten.zeros.default),
+    "ones_like": (lambda x: torch.ones_like(x) + x, aten.ones.default),
+    "full_like": (lambda x: torch.full_like(x, 1.5) + x, aten.full.default),
+    "expand_as": (lambda x: x[:1].expand_as(x).contiguous(), aten.expand.default),
+    "type_as": (lambda x: x.half().type_as(x), aten.to.device),
+}
+
+
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_tensors_made_after_an_example_are_made_by_size(name):
+    function, factory = EXAMPLES[name]
+    gm = capture(function, tokens(2, 5, 4))
+    legalize(gm.graph)
+    gm.recompile()
+    assert factory in targets(gm)
+    assert not {f"aten.{name}.default"} & set(map(str, targets(gm)))
+    torch.testing.assert_close(gm(tokens(2, 5, 4)), function(tokens(2, 5, 4)))
+
+
+def test_an_example_of_unknown_size_stays():
+    gm = legalized(lambda x: torch.zeros_like(x) + x, tokens(2, 5, 4), dynamic=True)
+    assert aten.zeros_like.default in targets(gm)
+
+
+@pytest.mark.parametrize(
+    ("function", "slices"),
+    [
+        (lambda x: x[:, [1, 2]], 1),
+        (lambda x: x[:, :, [-1]], 1),
+        (lambda x: x[:, [2, 1]], 0),  # another order
+        (lambda x: x[:, [0, 2]], 0),  # apart
+        (lambda x: x[[0, 1], [1, 2]], 0),  # element by element
+    ],
+)
+def test_positions_side_by_side_are_a_slice(function, slices):
+    gm = legalized(function, tokens(2, 5, 4))
+    assert targets(gm).count(aten.slice.Tensor) == slices
+    assert targets(gm).count(aten.index.Tensor) == 1 - slices
+
+
+def test_pairs_may_have_any_strides_when_they_become_complex():
+    def rope(x):
+        pairs = x.transpose(1, 2).float().reshape(2, 4, -1, 1).expand(2, 4, 5, 2)
+        return torch.view_as_real(torch.view_as_complex(pairs.contiguous()) * 1j).flatten(2)
+
+    legalized(rope, tokens(2, 5, 4))
