@@ -27,7 +27,8 @@ Every causal language model that transformers {versions[transformers]} registers
 | online | transforms that run with the model, a decoder layer |
 
 `{command}` wrote this page and [its data](results/architectures.json), every decline with its reason included:
-{minutes} minutes on {device}, torch {versions[torch]}, Python {versions[python]}. Limits: {limits}.
+{minutes} minutes in {jobs} processes of one thread on {device}, of which capture and planning of the decoders
+took {planning:.1f}; torch {versions[torch]}, Python {versions[python]}. Limits: {limits}.
 """
 
 
@@ -35,7 +36,8 @@ def render(data: dict[str, Any]) -> str:
     """Return the page."""
     records = data["architectures"]
     limits = ", ".join(f"{name} {limit:.0e}" for name, limit in data["limits"].items())
-    page = [HEADER.format(**{**data, "limits": limits}, counts=_counts(records))]
+    planning = sum(r["planning"] for r in records if r["category"] == "decoder") / 60 / data["jobs"]
+    page = [HEADER.format(**{**data, "limits": limits}, counts=_counts(records), planning=planning)]
     for category in dict.fromkeys(record["category"] for record in records):
         page += [f"## {category}\n", _table([r for r in records if r["category"] == category])]
     page += ["## What is left, and why\n", *_remarks(records)]

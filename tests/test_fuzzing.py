@@ -20,7 +20,7 @@ from quarot_fx.basis.rules.elementwise import broadcast
 aten = torch.ops.aten
 
 
-@fuzzed(few=100, share=0.8)
+@fuzzed(few=200, share=0.8)
 @given(programs(max_layers=5 if EXPLORED else 2), CONFIGS)
 def test_rotated_programs_are_equal(program: Program, options: dict[str, Any]) -> None:
     plan = check_rotated(program, options)
