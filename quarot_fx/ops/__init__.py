@@ -1,10 +1,13 @@
 """The operators of a rewritten graph, ``torch.ops.quarot.*``, under short names: one declaration a file."""
 
-from quarot_fx.ops.declaration import DECLARATIONS, OpDeclaration, declare
+from quarot_fx.ops.declaration import DECLARATIONS, OpDeclaration, Provider, declare
 from quarot_fx.ops.dequantize import dequantize
+from quarot_fx.ops.int_linear import int_linear
 from quarot_fx.ops.mean_square import mean_square
 from quarot_fx.ops.pack import pack
+from quarot_fx.ops.pack_weight import pack_weight
 from quarot_fx.ops.project_out import project_out
+from quarot_fx.ops.quantize_activation import quantize_activation
 from quarot_fx.ops.quantize_asymmetric import quantize_asymmetric
 from quarot_fx.ops.quantize_symmetric import quantize_symmetric
 from quarot_fx.ops.rotate import rotate
@@ -13,11 +16,15 @@ from quarot_fx.ops.unpack import unpack
 __all__ = [
     "DECLARATIONS",
     "OpDeclaration",
+    "Provider",
     "declare",
     "dequantize",
+    "int_linear",
     "mean_square",
     "pack",
+    "pack_weight",
     "project_out",
+    "quantize_activation",
     "quantize_asymmetric",
     "quantize_symmetric",
     "rotate",
