@@ -18,11 +18,11 @@ class Device:
 
     Attributes:
         capability: CUDA's compute capability; that of Ampere for the interpreter, which has no special units.
-        processors: number of multiprocessors.
+        shared_bytes: shared memory that one program may have.
     """
 
     capability: tuple[int, int]
-    processors: int
+    shared_bytes: int
 
     @property
     def has_tma(self) -> bool:
@@ -35,13 +35,13 @@ class Device:
         return self.capability >= HOPPER
 
 
-INTERPRETER = Device(FIRST_SUPPORTED, 1)
+INTERPRETER = Device(FIRST_SUPPORTED, 2**30)
 
 
 @lru_cache
 def _cuda_device(index: int) -> Device:
     properties = torch.cuda.get_device_properties(index)
-    return Device((properties.major, properties.minor), properties.multi_processor_count)
+    return Device((properties.major, properties.minor), properties.shared_memory_per_block_optin)  # type: ignore[attr-defined]
 
 
 def describe(device: torch.device) -> Device:

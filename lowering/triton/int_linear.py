@@ -100,7 +100,7 @@ def _launch_matmul(
         SIZE=size, WIDTH=width, W_BITS=weight_bits, BLOCK_N=block_n, BLOCK_M=block_m, BLOCK_K=block_k, SPLIT_K=split,
         IS_FLOAT=is_float, TMA=tma, TMA_STORE=tma_store, **constants, **launch,
     )  # fmt: skip
-    if split > 1:
+    if split > 1:  # a second kernel adds the parts in a fixed order, so that a result is the same in every run
         block_m = min(triton.next_power_of_2(tokens), 16)
         grid = (triton.cdiv(rows, 64), triton.cdiv(tokens, block_m))
         _add_parts[grid](

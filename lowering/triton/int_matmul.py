@@ -38,13 +38,15 @@ def _load_weight(w, row, column, rows, BLOCK_K: tl.constexpr, WIDTH: tl.constexp
 
 
 @triton.jit
-def _load_codes(x, token, k, tokens, BLOCK_K: tl.constexpr, SIZE: tl.constexpr, TMA: tl.constexpr):
-    """Load [BLOCK_K, BLOCK_M] of the codes, transposed; beyond SIZE there are zeros."""
+def _load_codes(x, token, k, tokens, M, BLOCK_K: tl.constexpr, SIZE: tl.constexpr, TMA: tl.constexpr):
+    """Load [BLOCK_K, BLOCK_M] of the codes, transposed; beyond SIZE and M there are zeros, which cost no traffic."""
     if TMA:
         tile = x.load([token, k]).T
     else:
         ks = k + tl.arange(0, BLOCK_K)
-        tile = tl.load(x + tokens[None, :] * SIZE + ks[:, None], mask=(ks < SIZE)[:, None], other=0.0)
+        tile = tl.load(
+            x + tokens[None, :] * SIZE + ks[:, None], mask=(ks < SIZE)[:, None] & (tokens < M)[None, :], other=0.0
+        )
     return tile
 
 
@@ -179,7 +181,7 @@ def _int_matmul(
     within = tile % (RASTER * row_tiles)
     token, row = (first + within % height) * BLOCK_M, within // height * BLOCK_N
     tokens, rows = token + tl.arange(0, BLOCK_M), row + tl.arange(0, BLOCK_N)
-    # A tile that overhangs reads its last token or row again, which costs no mask, and stores it once.
+    # A tile that overhangs reads the last row again, which costs no mask, and stores it once.
     token_at, row_at = tl.minimum(tokens, M - 1), tl.minimum(rows, N - 1)
 
     GROUPED: tl.constexpr = X_GROUP != 0 or W_GROUP != 0
@@ -201,7 +203,7 @@ def _int_matmul(
         column = step * BLOCK_K
         packed = _load_weight(w, row, column, row_at, BLOCK_K, WIDTH, TMA)
         if W_BITS == 8:
-            codes = _load_codes(x, token, column, token_at, BLOCK_K, SIZE, TMA)
+            codes = _load_codes(x, token, column, tokens, M, BLOCK_K, SIZE, TMA)
             if WHOLE:
                 accumulator = _multiply(packed, codes, accumulator, IS_FLOAT)
             else:
@@ -210,8 +212,8 @@ def _int_matmul(
                 accumulator += part.to(tl.float32) * scale
         else:
             k = step // STEPS_PER_BLOCK * (2 * BLOCK_BYTES) + step % STEPS_PER_BLOCK * BLOCK_K
-            low_codes = _load_codes(x, token, k, token_at, BLOCK_K, SIZE, TMA)
-            high_codes = _load_codes(x, token, k + BLOCK_BYTES, token_at, BLOCK_K, SIZE, TMA)
+            low_codes = _load_codes(x, token, k, tokens, M, BLOCK_K, SIZE, TMA)
+            high_codes = _load_codes(x, token, k + BLOCK_BYTES, tokens, M, BLOCK_K, SIZE, TMA)
             low = low_nibbles(packed) if IS_FLOAT else low_codes_times_16(packed)
             high = high_nibbles(packed) if IS_FLOAT else high_codes_times_16(packed)
             if WHOLE:

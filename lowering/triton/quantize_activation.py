@@ -29,9 +29,9 @@ def _quantize_activation(
 ):
     """Quantise a row as [GROUPS, GROUP], the powers of two that hold [groups, group]."""
     row = tl.program_id(0)
-    which, place = tl.arange(0, GROUPS), tl.arange(0, GROUP)
-    mask = (which < groups)[:, None] & (place < group)[None, :]
-    at = row.to(tl.int64) * (groups * group) + which[:, None] * group + place[None, :]
+    which, place = tl.arange(0, GROUPS), tl.arange(0, GROUP)[None, None, :]
+    mask = (which < groups)[:, None, None] & (place < group)
+    at = row.to(tl.int64) * (groups * group) + which[:, None, None] * group + place
     wait_for_inputs(EARLY)
     let_dependents_start(EARLY)
     values = tl.load(x + at, mask=mask, other=0).to(tl.float32)

@@ -11,9 +11,12 @@ import torch
 from torch import Tensor
 
 from quarot_fx.lowering.triton.device import FIRST_FLOAT8, FIRST_SUPPORTED, describe, runs_interpreted
+from quarot_fx.lowering.triton.rotation_matrices import split
+from quarot_fx.rotation import Rotation
 
 LARGEST_ROW = 65536  # elements that one program holds in registers
 FLOATS = (torch.bfloat16, torch.float16, torch.float32)
+LARGEST_HEAD = 256
 LARGEST_INT_SUM = 2**31 // (16 * 8 * 128)  # codes whose products, with the unpacked weight's factor 16, fit int32
 
 
@@ -79,8 +82,36 @@ def _pack_weight(codes: Tensor, bits: int) -> str | None:
     return _reason_against_device(codes.device)
 
 
+def _norm_quantize(x: Tensor, addend: Tensor | None, *rest: Any) -> str | None:
+    return _reason_against_device(x.device, rest[-1]) or _reason_against_row(x)
+
+
+def _rotate_quantize(
+    x: Tensor, gate: Tensor | None, activation: str, rotation: str, inner: int, bits: int, group: int | None, *rest: Any
+) -> str | None:
+    if reason := _reason_against_device(x.device, rest[-1]) or _reason_against_row(x):
+        return reason
+    if group is not None and group != x.shape[-1]:
+        return "groups of a rotated row have no kernel"
+    cut = split(Rotation.parse(rotation), x.shape[-1], inner)
+    if cut is None or cut.shared_bytes(x.itemsize) > describe(x.device).shared_bytes:
+        return f"{rotation} over rows of {x.shape[-1]} elements has no split into matrices that a program can hold"
+    return None
+
+
+def _rope_rotate(x: Tensor, cos: Tensor, sin: Tensor, rotation: str) -> str | None:
+    if reason := _reason_against_device(x.device) or _reason_against_row(x):
+        return reason
+    if x.shape[-1] > LARGEST_HEAD:
+        return f"heads of {x.shape[-1]} elements are larger than {LARGEST_HEAD}"
+    return None
+
+
 REASONS: dict[str, Callable[..., str | None]] = {
     "int_linear": _int_linear,
+    "norm_quantize": _norm_quantize,
     "pack_weight": _pack_weight,
     "quantize_activation": _quantize_activation,
+    "rope_rotate": _rope_rotate,
+    "rotate_quantize": _rotate_quantize,
 }
