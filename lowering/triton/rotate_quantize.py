@@ -1,8 +1,8 @@
 """A gated activation, a Hadamard transform and quantisation in one pass: a row stays in registers from load to store.
 
-The transform is two products with small matrices on tensor cores (see ``rotation_matrices``). The first has exact
-operands; what it gives is rounded to bfloat16 where the activation is, to tf32 where it is float16, whose range could
-be too small, and not at all where it is float32.
+The transform is up to three products with small matrices on tensor cores (see ``rotation_matrices``). The first has
+exact operands. What goes from one to the next is rounded to bfloat16 where the activation is, to tf32 where it is
+float16, whose range could be too small, and not at all where it is float32.
 """
 
 from __future__ import annotations
@@ -31,10 +31,18 @@ PRECISIONS = {torch.bfloat16: "tf32", torch.float16: "tf32", torch.float32: "iee
 
 
 @triton.jit
+def _between_products(values, dtype: tl.constexpr):
+    """Return what one product gave in the type that the next one takes, for activations of this dtype."""
+    values = values.to(tl.float32)
+    return round_to(values, tl.bfloat16) if dtype == tl.bfloat16 else values
+
+
+@triton.jit
 def _rotate_quantize(
     x,
     gate,
     left,
+    middle,
     right,
     codes,
     scale,
@@ -45,55 +53,55 @@ def _rotate_quantize(
     clip,
     A: tl.constexpr,
     B: tl.constexpr,
+    C: tl.constexpr,
     BLOCK_A: tl.constexpr,
     BLOCK_B: tl.constexpr,
+    BLOCK_C: tl.constexpr,
     ACTIVATION: tl.constexpr,
     PRECISION: tl.constexpr,
     BITS: tl.constexpr,
     ROWS: tl.constexpr,
     EARLY: tl.constexpr,
 ):
-    """Take ROWS rows of A x B elements, one after the other."""
-    a, b = tl.arange(0, BLOCK_A), tl.arange(0, BLOCK_B)
-    in_row = (a < A)[:, None] & (b < B)[None, :]
+    """Take ROWS rows of A x B x C elements, one after the other."""
+    ab, c = tl.arange(0, BLOCK_A * BLOCK_B), tl.arange(0, BLOCK_C)
+    a, b = ab // BLOCK_B, ab % BLOCK_B
+    in_row = ((a < A) & (b < B))[:, None] & (c < C)[None, :]
+    place = ((a * B + b) * C)[:, None] + c[None, :]
+    dtype: tl.constexpr = x.dtype.element_ty
     if left is not None:
-        left_matrix = tl.load(left + a[:, None] * BLOCK_A + a[None, :])
+        left_at = tl.arange(0, BLOCK_A)
+        left_matrix = tl.load(left + left_at[:, None] * BLOCK_A + left_at[None, :])
+    if middle is not None:
+        middle_at = tl.arange(0, BLOCK_B)
+        middle_matrix = tl.load(middle + middle_at[:, None] * BLOCK_B + middle_at[None, :])
     if right is not None:
-        right_matrix = tl.load(right + b[:, None] * BLOCK_B + b[None, :])
+        right_matrix = tl.load(right + c[:, None] * BLOCK_C + c[None, :])
     wait_for_inputs(EARLY)
     let_dependents_start(EARLY)
     for index in range(ROWS):
         row = tl.program_id(0) * ROWS + index
         mask = in_row & (row < rows)
-        at = row.to(tl.int64) * (A * B) + a[:, None] * B + b[None, :]
+        at = row.to(tl.int64) * (A * B * C) + place
         values = tl.load(x + at, mask=mask, other=0)
         if gate is not None:
             gates = tl.load(gate + at, mask=mask, other=0).to(tl.float32)
-            values = round_to(activate(gates, ACTIVATION) * values.to(tl.float32), values.dtype)
-            if values.dtype != tl.float32:
+            values = round_to(activate(gates, ACTIVATION) * values.to(tl.float32), dtype)
+            if dtype != tl.float32:
                 values = keep(values)
         if right is not None:
             values = dot(values, right_matrix, PRECISION)
         if left is not None:
-            if left_matrix.dtype == tl.bfloat16:
-                values = round_to(values.to(tl.float32), tl.bfloat16)
-            else:
-                values = values.to(tl.float32)
-            values = dot(left_matrix, values, PRECISION)
+            values = tl.reshape(_between_products(values, dtype), (BLOCK_A, BLOCK_B * BLOCK_C))
+            values = dot(left_matrix.to(values.dtype), values, PRECISION)
+        if middle is not None:
+            values = tl.reshape(_between_products(values, dtype), (BLOCK_A, BLOCK_B, BLOCK_C))
+            matrix = tl.broadcast_to(middle_matrix.to(values.dtype)[None, :, :], (BLOCK_A, BLOCK_B, BLOCK_B))
+            values = dot(matrix, values, PRECISION)
+        values = tl.reshape(values.to(tl.float32) * norm, (1, BLOCK_A * BLOCK_B, BLOCK_C))
         group = tl.full((1,), row, tl.int32)
-        store_quantized(
-            (values.to(tl.float32) * norm)[None, :, :],
-            (codes + at)[None, :, :],
-            mask[None, :, :],
-            scale,
-            zero,
-            sums,
-            group,
-            group < rows,
-            A * B,
-            clip,
-            BITS,
-        )
+        codes_at, is_row = (codes + at)[None, :, :], group < rows
+        store_quantized(values, codes_at, mask[None, :, :], scale, zero, sums, group, is_row, A * B * C, clip, BITS)
 
 
 def rotate_quantize(
@@ -115,14 +123,13 @@ def rotate_quantize(
         size, device = x.shape[-1], describe(x.device)
         cut = split(Rotation.parse(rotation), size, inner)
         assert cut is not None, "the provider does not support this rotation"
-        left_dtype = torch.bfloat16 if x.dtype == torch.bfloat16 else torch.float32
-        left, right = matrices(cut, x.device, left_dtype, x.dtype)
-        rows, (block_a, block_b) = x.numel() // size, cut.blocks
-        launch = dict(tiles.nearest("rotate_quantize", x.device, tokens=rows, elements=block_a * block_b))
+        rows, (a, b, c), blocks = x.numel() // size, cut.sizes, cut.blocks
+        launch = dict(tiles.nearest("rotate_quantize", x.device, tokens=rows, elements=cut.elements))
         _rotate_quantize[(triton.cdiv(rows, launch["ROWS"]),)](
-            x.contiguous(), None if gate is None else gate.contiguous(), left, right,
+            x.contiguous(), None if gate is None else gate.contiguous(), *matrices(cut, x.device, x.dtype),
             codes, scale, None if symmetric else zero, sums, rows, cut.norm, clip,
-            A=cut.a, B=cut.b, BLOCK_A=block_a, BLOCK_B=block_b, ACTIVATION=activation, PRECISION=PRECISIONS[x.dtype],
-            BITS=bits, EARLY=device.starts_early, launch_pdl=device.starts_early, **launch,
+            A=a, B=b, C=c, BLOCK_A=blocks[0], BLOCK_B=blocks[1], BLOCK_C=blocks[2],
+            ACTIVATION=activation, PRECISION=PRECISIONS[x.dtype], BITS=bits,
+            EARLY=device.starts_early, launch_pdl=device.starts_early, **launch,
         )  # fmt: skip
     return operand

@@ -1,7 +1,8 @@
-"""A rotation of a row as products with two small matrices: rows are [a, b], and ``Q^T row = L^T X R``.
+"""A rotation of a row as products with at most three small matrices: rows are [a, b, c], rotated by ``L (x) M (x) R``.
 
-A Kronecker product may be cut anywhere between its factors, and Sylvester's powers of two between any two: the cut that
-costs the fewest multiply-adds is taken, with all sizes filled up to powers of two, which tensor cores want.
+A Kronecker product may be cut anywhere between its factors, and Sylvester's powers of two between any two. The cheapest
+cuts are taken, with all sizes filled up to powers of two, which tensor cores want. Three matrices of 16 to 32 rows beat
+two of 128: they need a fifth of the arithmetic, and leave shared memory for a second program on the multiprocessor.
 """
 
 from __future__ import annotations
@@ -10,17 +11,17 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache, lru_cache, reduce
+from itertools import combinations_with_replacement
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
-from quarot_fx.hadamard import Factor, kronecker_factors
+from quarot_fx.hadamard import PASS_COST, Factor, kronecker_factors
 from quarot_fx.rotation import Rotation
 
-LARGEST_TILE = 16384  # elements that one program holds in registers, as float32
-LARGEST_MATRIX = 256
+LARGEST_TILE = 32768  # elements that one program holds in registers, as float32
+LARGEST_MATRIX = 128
 SMALLEST_BLOCK = 16  # of a tensor core's operand
 
 
@@ -29,45 +30,51 @@ class Split:
     """How a row of outer x order x inner elements is rotated.
 
     Attributes:
-        a, b: the row's shape.
-        left, right: factors whose Kronecker products rotate each side; none for the identity.
-        outer: how many equal blocks a side's matrix has: the left one's.
+        sizes: a, b and c: the row's shape.
+        sides: the factors whose Kronecker product rotates each axis; none for the identity.
+        outer: the first axis' matrix has so many equal diagonal blocks.
     """
 
-    a: int
-    b: int
-    left: tuple[Factor, ...]
-    right: tuple[Factor, ...]
+    sizes: tuple[int, int, int]
+    sides: tuple[tuple[Factor, ...], tuple[Factor, ...], tuple[Factor, ...]]
     outer: int
 
     @property
-    def blocks(self) -> tuple[int, int]:
-        """The powers of two that hold a and b."""
-        return power_of_two_from(self.a), power_of_two_from(self.b)
+    def blocks(self) -> tuple[int, int, int]:
+        """The powers of two that hold a, b and c."""
+        a, b, c = (
+            power_of_two_from(size, SMALLEST_BLOCK if side else 1)
+            for size, side in zip(self.sizes, self.sides, strict=True)
+        )
+        return a, b, max(c, SMALLEST_BLOCK)
+
+    @property
+    def elements(self) -> int:
+        """Elements of the row, filled up."""
+        return math.prod(self.blocks)
 
     @property
     def cost(self) -> int:
-        """Multiply-adds of one row."""
-        a, b = self.blocks
-        return a * b * (a * bool(self.left) + b * bool(self.right))
+        """Multiply-adds of one row, with as many again for each pass over it as it takes the time of."""
+        present = [block for block, side in zip(self.blocks, self.sides, strict=True) if side]
+        return self.elements * sum(block + PASS_COST for block in present)
 
     @property
     def fits(self) -> bool:
         """Whether a program can hold the row and the matrices."""
-        a, b = self.blocks
-        left, right = a if self.left else 1, b if self.right else 1
-        return a * b <= LARGEST_TILE and max(left, right) <= LARGEST_MATRIX
-
-    def shared_bytes(self, itemsize: int) -> int:
-        """Return the shared memory of a program: both matrices, and the row on its way from one to the other."""
-        a, b = self.blocks
-        return itemsize * (a * a * bool(self.left) + b * b * bool(self.right) + a * b)
+        largest = max((block for block, side in zip(self.blocks, self.sides, strict=True) if side), default=1)
+        return self.elements <= LARGEST_TILE and largest <= LARGEST_MATRIX
 
     @property
     def norm(self) -> float:
         """What the product, whose Hadamard factors have entries +-1, is to be scaled by."""
-        factors = (factor for factor in self.left + self.right if factor.family == "hadamard")
-        return 1 / math.sqrt(math.prod(factor.order for factor in factors))
+        orders = (factor.order for side in self.sides for factor in side if factor.family == "hadamard")
+        return 1 / math.sqrt(math.prod(orders))
+
+    def shared_bytes(self, itemsize: int) -> int:
+        """Return the shared memory of a program: the matrices, and the row on its way from one to the next."""
+        matrices = sum(block**2 for block, side in zip(self.blocks, self.sides, strict=True) if side)
+        return itemsize * (matrices + self.elements)
 
 
 @cache
@@ -88,37 +95,32 @@ def _splits(rotation: Rotation, size: int, inner: int) -> Iterator[Split]:
             atoms.append(factor)
         else:
             atoms += [Factor("hadamard", 2)] * (factor.order.bit_length() - 1)
-    order = math.prod(factor.order for factor in atoms)
-    for place in range(len(atoms) + 1) if inner == 1 else [len(atoms)]:
-        left, right = tuple(atoms[:place]), tuple(atoms[place:])
-        b = math.prod(factor.order for factor in right)
-        yield Split(outer * order // b, b * inner, left, right, outer)
+    last = len(atoms)
+    # A plain product on the first axis comes first among equals: that on the second is a batch of products.
+    cuts = [(last, last)] if inner > 1 else combinations_with_replacement(range(last + 1), 2)
+    for i, j in cuts:
+        sides = tuple(atoms[:i]), tuple(atoms[i:j]), tuple(atoms[j:])
+        a, b, c = (math.prod(factor.order for factor in side) for side in sides)
+        yield Split((outer * a, b, c * inner), sides, outer)
 
 
 @lru_cache(maxsize=64)
-def matrices(
-    split: Split, device: torch.device, left_dtype: torch.dtype, right_dtype: torch.dtype
-) -> tuple[Tensor | None, Tensor | None]:
-    """Return L^T and R, filled up with zeros, Hadamard factors as +-1."""
-    a, b = split.blocks
-    left = np.kron(np.eye(split.outer), _product(split.left)).T if split.left else None
-    right = _product(split.right) if split.right else None
-    return _filled(left, a, device, left_dtype), _filled(right, b, device, right_dtype)
+def matrices(split: Split, device: torch.device, dtype: torch.dtype) -> tuple[Tensor | None, ...]:
+    """Return L^T, M^T and R, filled up with zeros, Hadamard factors as +-1."""
+    return tuple(
+        _matrix(side, block, split.outer if axis == 0 else 1, axis < 2).to(device, dtype) if side else None
+        for axis, (side, block) in enumerate(zip(split.sides, split.blocks, strict=True))
+    )
 
 
-def _product(factors: tuple[Factor, ...]) -> NDArray[np.floating]:
-    arrays = [f.array() * (math.sqrt(f.order) if f.family == "hadamard" else 1) for f in factors]
-    return reduce(lambda a, b: np.kron(a, b), arrays)
+def _matrix(side: tuple[Factor, ...], block: int, outer: int, transposed: bool) -> Tensor:
+    arrays = [f.array() * (math.sqrt(f.order) if f.family == "hadamard" else 1) for f in side]
+    product = torch.from_numpy(reduce(lambda a, b: np.kron(a, b), [np.eye(outer), *arrays]))
+    filled = torch.zeros(block, block, dtype=torch.float64)
+    filled[: len(product), : len(product)] = product.mT if transposed else product
+    return filled
 
 
-def _filled(matrix: NDArray[np.floating] | None, size: int, device: torch.device, dtype: torch.dtype) -> Tensor | None:
-    if matrix is None:
-        return None
-    filled = torch.zeros(size, size, dtype=dtype)
-    filled[: len(matrix), : len(matrix)] = torch.from_numpy(matrix)
-    return filled.to(device)
-
-
-def power_of_two_from(size: int) -> int:
-    """Return the smallest power of two, from a tensor core's smallest block on, that holds a size."""
-    return max(SMALLEST_BLOCK, 1 << (size - 1).bit_length())
+def power_of_two_from(size: int, smallest: int = SMALLEST_BLOCK) -> int:
+    """Return the smallest power of two that holds a size and is no smaller than ``smallest``."""
+    return max(smallest, 1 << (size - 1).bit_length())

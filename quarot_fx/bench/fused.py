@@ -17,7 +17,8 @@ from quarot_fx.lowering.triton.rotate_quantize import rotate_quantize
 
 SCHEME = (4, None, 0.9, True, torch.int8)
 HEAD = 128
-WIDTHS = (4096, 8192, 14336, 28672)
+HIDDEN_WIDTHS = (4096, 8192)
+WIDTHS = (*HIDDEN_WIDTHS, 14336, 28672)
 
 
 @dataclass(frozen=True)
@@ -54,15 +55,8 @@ def measure_fused(widths: Sequence[int], rows: Sequence[int]) -> Iterator[FusedT
 
 def _kernels(width: int, rows: int) -> dict[str, tuple[Callable[[Tensor], Any], int]]:
     """Return kernels of a pair of activations, with the bytes that each must move for an element."""
-    heads = width // HEAD
-    whole, across_heads = f"hadamard-{width}", f"hadamard-{heads}"
-    angles = torch.rand(1, rows, HEAD, device="cuda", dtype=torch.bfloat16)
-
-    def rope(pair: Tensor) -> Tensor:
-        x = pair[0].view(1, rows, heads, HEAD).transpose(1, 2)
-        return rope_rotate(x, angles, angles, f"hadamard-{HEAD}")
-
-    return {
+    whole = f"hadamard-{width}"
+    kernels: dict[str, tuple[Callable[[Tensor], Any], int]] = {
         "quantise": (lambda pair: quantize_activation(pair[0], *SCHEME), 3),
         "norm, quantise": (lambda pair: norm_quantize(pair[0], None, None, None, 1e-5, *SCHEME), 3),
         "add, norm, quantise": (lambda pair: norm_quantize(pair[0], pair[1], None, None, 1e-5, *SCHEME), 7),
@@ -70,9 +64,17 @@ def _kernels(width: int, rows: int) -> dict[str, tuple[Callable[[Tensor], Any], 
             lambda pair: rotate_quantize(pair[0], pair[1], "silu", whole, 1, *SCHEME),
             5,
         ),
-        "Hadamard across heads, quantise": (
-            lambda pair: rotate_quantize(pair[0], None, "", across_heads, HEAD, *SCHEME),
-            3,
-        ),
-        "RoPE, Hadamard": (rope, 4),
     }
+    if width not in HIDDEN_WIDTHS:
+        return kernels
+    heads = width // HEAD
+    angles = torch.rand(1, rows, HEAD, device="cuda", dtype=torch.bfloat16)
+
+    def rope(pair: Tensor) -> Tensor:
+        x = pair[0].view(1, rows, heads, HEAD).transpose(1, 2)
+        return rope_rotate(x, angles, angles, f"hadamard-{HEAD}")
+
+    def across_heads(pair: Tensor) -> Any:
+        return rotate_quantize(pair[0], None, "", f"hadamard-{heads}", HEAD, *SCHEME)
+
+    return kernels | {"Hadamard across heads, quantise": (across_heads, 3), "RoPE, Hadamard": (rope, 4)}
