@@ -5,13 +5,17 @@ BIN := $(VENV)/bin
 # Two workers, one thread each: more threads than cores make torch slower, not faster.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
 
-.PHONY: demo test test-slow lint
+.PHONY: demo test test-gpu test-slow lint
 
 demo: $(VENV)/installed-models
 	$(BIN)/quarot-fx demo
 
 test: lint
 	$(PYTEST) -m "not slow"
+
+# The kernels' tests, on the GPU: without one they run in Triton's interpreter, as in `make test`.
+test-gpu: $(VENV)/installed-dev
+	$(BIN)/python -m pytest tests/test_triton_kernels.py
 
 test-slow: $(VENV)/installed-dev
 	$(PYTEST) -m slow

@@ -14,6 +14,8 @@ from quarot_fx.ops import DECLARATIONS, OpDeclaration
 pytest.importorskip("triton", reason="kernels need Triton, which is there for Linux only")
 
 from quarot_fx.lowering import triton as kernels  # registers the provider
+from quarot_fx.lowering.triton import tiles
+from quarot_fx.lowering.triton.device import Device
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 INTEGERS = (torch.int8, torch.uint8, torch.int32, torch.float8_e4m3fn)
@@ -109,15 +111,17 @@ def test_split_products_are_the_same_in_every_run() -> None:
     assert torch.equal(whole, split)
 
 
-@pytest.mark.parametrize("capability", [(8, 0), (8, 6), (9, 0), (10, 0), (12, 0)])
-def test_every_kernel_has_launch_parameters_for_every_gpu(capability: tuple[int, int]) -> None:
-    from quarot_fx.lowering.triton import tiles
-
-    table = tiles._table(capability)
+@pytest.mark.parametrize(
+    ("capability", "kibibytes", "is_hopper_like"),
+    [((8, 0), 163, False), ((8, 6), 99, False), ((9, 0), 227, True), ((10, 0), 227, True), ((12, 0), 99, False)],
+)
+def test_every_gpu_has_launch_parameters_that_fit_it(
+    capability: tuple[int, int], kibibytes: int, is_hopper_like: bool
+) -> None:
+    found = tiles.table(Device(capability, kibibytes * 1024))
     for kernel in ("int_gemv", "int_matmul", "int_matmul_float8", "rotate_quantize"):
-        assert table[kernel]
-        for entry in table[kernel]:
-            assert entry["launch"]["num_warps"] in (1, 2, 4, 8, 16)
+        assert found[kernel]
+    assert (len(found["int_matmul"]) > 10) == is_hopper_like
 
 
 # -- what the kernels do not take ------------------------------------------------------------------

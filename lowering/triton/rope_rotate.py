@@ -15,7 +15,7 @@ from quarot_fx.lowering.triton.rotate_quantize import PRECISIONS
 from quarot_fx.lowering.triton.rotation_matrices import power_of_two_from
 from quarot_fx.rotation import Rotation
 
-MOST_TOKENS = 64  # of a program's tile
+MOST_TOKENS = 128  # of a program's tile
 
 
 @triton.jit
@@ -55,20 +55,20 @@ def _rope_rotate(
     turned = tl.where(is_first[None, :], -turned, turned)
     embedded = values * tl.load(cos + angle_at, mask=mask, other=0).to(tl.float32)
     embedded += turned * tl.load(sin + angle_at, mask=mask, other=0).to(tl.float32)
-    rotated = dot(embedded, rotation, PRECISION) * norm
+    rotated = dot(round_to(embedded, rotation.dtype), rotation, PRECISION) * norm
     at = (tl.program_id(1).to(tl.int64) * tokens + token[:, None]) * SIZE + column[None, :]
     tl.store(y + at, round_to(rotated, y.dtype.element_ty), mask=mask)
 
 
 @lru_cache(maxsize=64)
-def _matrix(rotation: str, size: int, device: torch.device) -> tuple[Tensor, float]:
+def _matrix(rotation: str, size: int, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, float]:
     """Return the rotation of one head, filled up with zeros, and what it was divided by so that entries are +-1."""
     q = Rotation.parse(rotation).matrix()
     dense = torch.kron(torch.eye(size // len(q), dtype=q.dtype), q)
     block, norm = power_of_two_from(size), dense.abs().max().item()
     filled = torch.zeros(block, block)
     filled[:size, :size] = dense / norm
-    return filled.to(device), norm
+    return filled.to(dtype).to(device), norm  # cast first: a kernel may read it before it waits for kernels
 
 
 def rope_rotate(x: Tensor, cos: Tensor, sin: Tensor, rotation: str) -> Tensor:
@@ -77,11 +77,12 @@ def rope_rotate(x: Tensor, cos: Tensor, sin: Tensor, rotation: str) -> Tensor:
     if x.numel():
         batch, heads, tokens, size = x.shape
         x = x if x.stride(-1) == 1 else x.contiguous()
-        matrix, norm = _matrix(rotation, size, x.device)
+        matrix, norm = _matrix(rotation, size, x.device, x.dtype)
         early, block = describe(x.device).starts_early, min(power_of_two_from(tokens), MOST_TOKENS)
         stride_angles = 0 if cos.shape[0] == 1 else tokens * size
         _rope_rotate[(triton.cdiv(tokens, block), batch * heads)](
             x, cos.contiguous(), sin.contiguous(), matrix, y, heads, tokens, norm, *x.stride()[:3], stride_angles,
             SIZE=size, BLOCK=len(matrix), TOKENS=block, PRECISION=PRECISIONS[x.dtype], EARLY=early, launch_pdl=early,
+            num_warps=8 if block == MOST_TOKENS else 4,
         )  # fmt: skip
     return y

@@ -106,9 +106,12 @@ def _splits(rotation: Rotation, size: int, inner: int) -> Iterator[Split]:
 
 @lru_cache(maxsize=64)
 def matrices(split: Split, device: torch.device, dtype: torch.dtype) -> tuple[Tensor | None, ...]:
-    """Return L^T, M^T and R, filled up with zeros, Hadamard factors as +-1."""
+    """Return L^T, M^T and R, filled up with zeros, Hadamard factors as +-1.
+
+    They are cast before they are copied, so that no kernel makes them: kernels read them before they wait for others.
+    """
     return tuple(
-        _matrix(side, block, split.outer if axis == 0 else 1, axis < 2).to(device, dtype) if side else None
+        _matrix(side, block, split.outer if axis == 0 else 1, axis < 2).to(dtype).to(device) if side else None
         for axis, (side, block) in enumerate(zip(split.sides, split.blocks, strict=True))
     )
 

@@ -109,9 +109,14 @@ def _fused_table(times: Sequence[FusedTime]) -> Table:
 
 
 def _table_text(table: dict[str, list[dict[str, Any]]]) -> str:
-    """Write a table of launch parameters one entry a line."""
+    """Write a table of launch parameters one entry a line, for GPUs with this one's shared memory or more."""
+    import torch
+
+    from quarot_fx.lowering.triton.device import describe
+
+    shared = describe(torch.device("cuda")).shared_bytes
     kernels = (
         f'  "{kernel}": [\n' + ",\n".join(f"    {json.dumps(entry)}" for entry in entries) + "\n  ]"
         for kernel, entries in sorted(table.items())
     )
-    return "{\n" + ",\n".join(kernels) + "\n}\n"
+    return f'{{\n  "shared_bytes": {shared},\n' + ",\n".join(kernels) + "\n}\n"
