@@ -125,6 +125,8 @@ def rotate_quantize(
         assert cut is not None, "the provider does not support this rotation"
         rows, (a, b, c), blocks = x.numel() // size, cut.sizes, cut.blocks
         launch = dict(tiles.nearest("rotate_quantize", x.device, tokens=rows, elements=cut.elements))
+        if cut.shared_bytes(x.dtype, launch["num_stages"]) > device.shared_bytes:
+            launch["num_stages"] = 1
         _rotate_quantize[(triton.cdiv(rows, launch["ROWS"]),)](
             x.contiguous(), None if gate is None else gate.contiguous(), *matrices(cut, x.device, x.dtype),
             codes, scale, None if symmetric else zero, sums, rows, cut.norm, clip,

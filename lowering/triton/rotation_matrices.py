@@ -22,6 +22,8 @@ from quarot_fx.rotation import Rotation
 
 LARGEST_TILE = 32768  # elements that one program holds in registers, as float32
 LARGEST_MATRIX = 128
+# Of an element of a matrix and of the row: products of float32 keep both their operands there.
+SHARED_BYTES = {torch.bfloat16: (2, 2), torch.float16: (4, 4), torch.float32: (4, 8)}
 SMALLEST_BLOCK = 16  # of a tensor core's operand
 
 
@@ -71,10 +73,14 @@ class Split:
         orders = (factor.order for side in self.sides for factor in side if factor.family == "hadamard")
         return 1 / math.sqrt(math.prod(orders))
 
-    def shared_bytes(self, itemsize: int) -> int:
-        """Return the shared memory of a program: the matrices, and the row on its way from one to the next."""
+    def shared_bytes(self, dtype: torch.dtype, stages: int = 1) -> int:
+        """Return the most shared memory that a program needs for activations of this dtype.
+
+        It holds the matrices, the row on its way from one to the next, and with a second stage the next row and gate.
+        """
         matrices = sum(block**2 for block, side in zip(self.blocks, self.sides, strict=True) if side)
-        return itemsize * (matrices + self.elements)
+        of_matrix, of_row = SHARED_BYTES[dtype]
+        return of_matrix * matrices + (of_row + (2 * dtype.itemsize if stages > 1 else 0)) * self.elements
 
 
 @cache

@@ -94,7 +94,7 @@ def _rotate_quantize(
     if group is not None and group != x.shape[-1]:
         return "groups of a rotated row have no kernel"
     cut = split(Rotation.parse(rotation), x.shape[-1], inner)
-    if cut is None or cut.shared_bytes(x.itemsize) > describe(x.device).shared_bytes:
+    if cut is None or cut.shared_bytes(x.dtype) > describe(x.device).shared_bytes:
         return f"{rotation} over rows of {x.shape[-1]} elements has no split into matrices that a program can hold"
     return None
 
