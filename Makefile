@@ -8,13 +8,17 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
 # How many random programs `make fuzz` draws.
 EXAMPLES ?= 4000
 
-.PHONY: demo test test-slow fuzz sweep lint
+.PHONY: demo test test-gpu test-slow fuzz sweep lint
 
 demo: $(VENV)/installed-models
 	$(BIN)/quarot-fx demo
 
 test: lint
 	$(PYTEST) -m "not slow"
+
+# The kernels' tests, on the GPU: without one they run in Triton's interpreter, as in `make test`.
+test-gpu: $(VENV)/installed-dev
+	$(BIN)/python -m pytest tests/test_triton_kernels.py
 
 test-slow: $(VENV)/installed-dev
 	$(PYTEST) -m slow

@@ -2,4 +2,5 @@
 
 ``lift``          constants become inputs, so that one compiled graph serves every set of weights
 ``nested``        the compiler that gets the graph: Inductor or any other backend
+``triton``        kernels for NVIDIA GPUs, as providers of the ops
 """

@@ -130,6 +130,15 @@ class MissingExtraError(QuarotError, ImportError):
     template = "this needs the package {package!r}, which is not installed. Run: pip install 'quarot-fx[{extra}]'"
 
 
+class NoGPUError(QuarotError):
+    """A command that measures a GPU found none."""
+
+    template = "this measures an NVIDIA GPU, and PyTorch {reason}. Run it where torch.cuda.is_available() is True."
+
+    def __init__(self) -> None:
+        super().__init__(reason="sees none")
+
+
 class NotFoundError(QuarotError, LookupError):
     """A model, tokenizer or text that the command line was given does not exist."""
 

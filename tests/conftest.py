@@ -1,7 +1,13 @@
 from __future__ import annotations
 
+import os
+
 import pytest
 import torch
+
+if not torch.cuda.is_available():  # kernels then run in Triton's interpreter, which it decides on when it is imported
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
 from torch._dynamo.utils import counters
 
 

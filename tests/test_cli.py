@@ -113,7 +113,7 @@ def test_texts_by_name_and_by_path(tmp_path):
 
 def test_help_lists_the_commands():
     output = run("--help")
-    assert all(command in output for command in ("demo", "eval", "explain"))
+    assert all(command in output for command in ("bench", "demo", "eval", "explain"))
 
 
 def test_help_is_fast_because_it_loads_neither_torch_nor_transformers():
@@ -235,6 +235,11 @@ def test_an_unknown_model_type_in_a_config_suggests_the_nearest(tmp_path):
 
 def test_explain_of_float_is_refused(tiny_folder):
     assert "did you mean 'rotated'" in run("explain", tiny_folder, "--setting", "float", exit_code=1)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU to measure")
+def test_bench_without_a_gpu_is_one_line():
+    assert run("bench", exit_code=1).startswith("error: this measures an NVIDIA GPU")
 
 
 def test_default_settings_are_settings():

@@ -27,13 +27,13 @@ def test_rotated_programs_are_equal(program: Program, options: dict[str, Any]) -
     event(f"transforms: {'none' if not plan.transforms else 'online' if plan.online else 'free'}")
 
 
-@fuzzed(few=20, share=0.15)
+@fuzzed(few=50, share=0.15)
 @given(programs(max_layers=2), CONFIGS)
 def test_quantized_programs_run(program: Program, options: dict[str, Any]) -> None:
     check_quantized(program, options)
 
 
-@fuzzed(few=5, share=0.05, shrinks=False)  # as tracing takes its time
+@fuzzed(few=10, share=0.05, shrinks=False)  # as tracing takes its time
 @given(programs(max_layers=2), CONFIGS)
 def test_compiled_programs_are_equal(program: Program, options: dict[str, Any]) -> None:
     check_compiled(program, options)

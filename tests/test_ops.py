@@ -13,6 +13,7 @@ CASES = [
     for index, _ in enumerate(declaration.inputs(torch.Generator().manual_seed(0)))
 ]
 BITS = st.integers(2, 8)
+OPCHECKS = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
 
 
 def arguments(declaration: OpDeclaration, index: int) -> tuple[object, ...]:
@@ -34,7 +35,11 @@ def grouped_tensors(draw: st.DrawFn) -> tuple[torch.Tensor, int | None]:
 
 @pytest.mark.parametrize(("declaration", "index"), CASES)
 def test_schema_fake_and_tracing_agree_with_the_reference(declaration: OpDeclaration, index: int) -> None:
-    torch.library.opcheck(declaration.overload, arguments(declaration, index))
+    args = arguments(declaration, index)
+    has_float8 = any(isinstance(arg, torch.Tensor) and arg.dtype == torch.float8_e4m3fn for arg in args)
+    # opcheck's schema test does arithmetic on its inputs, which PyTorch does not have for float8
+    checks = [check for check in OPCHECKS if not (has_float8 and check == "test_schema")]
+    torch.library.opcheck(declaration.overload, args, test_utils=checks)
 
 
 @pytest.mark.parametrize("declaration", DECLARATIONS.values(), ids=DECLARATIONS)

@@ -1,4 +1,4 @@
-"""The command line: ``quarot-fx demo``, ``quarot-fx eval`` and ``quarot-fx explain``.
+"""The command line: ``quarot-fx bench``, ``quarot-fx demo``, ``quarot-fx eval`` and ``quarot-fx explain``.
 
 Commands import torch and transformers only when they run, so that ``quarot-fx --help`` answers at once.
 """
@@ -11,6 +11,7 @@ import typer
 from rich.console import Console
 from typer.core import TyperGroup
 
+from quarot_fx.cli.bench import bench
 from quarot_fx.cli.demo import demo
 from quarot_fx.cli.eval import evaluate
 from quarot_fx.cli.explain import explain
@@ -36,6 +37,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_show_locals=False,
 )
+app.command("bench")(bench)
 app.command("demo")(demo)
 app.command("eval")(evaluate)
 app.command("explain")(explain)

@@ -1,27 +1,40 @@
 """The operators of a rewritten graph, ``torch.ops.quarot.*``, under short names: one declaration a file."""
 
-from quarot_fx.ops.declaration import DECLARATIONS, OpDeclaration, declare
+from quarot_fx.ops.declaration import DECLARATIONS, OpDeclaration, Provider, declare
 from quarot_fx.ops.dequantize import dequantize
 from quarot_fx.ops.expert_linear import expert_linear
+from quarot_fx.ops.int_linear import int_linear
 from quarot_fx.ops.mean_square import mean_square
+from quarot_fx.ops.norm_quantize import norm_quantize
 from quarot_fx.ops.pack import pack
+from quarot_fx.ops.pack_weight import pack_weight
 from quarot_fx.ops.project_out import project_out
+from quarot_fx.ops.quantize_activation import quantize_activation
 from quarot_fx.ops.quantize_asymmetric import quantize_asymmetric
 from quarot_fx.ops.quantize_symmetric import quantize_symmetric
+from quarot_fx.ops.rope_rotate import rope_rotate
 from quarot_fx.ops.rotate import rotate
+from quarot_fx.ops.rotate_quantize import rotate_quantize
 from quarot_fx.ops.unpack import unpack
 
 __all__ = [
     "DECLARATIONS",
     "OpDeclaration",
+    "Provider",
     "declare",
     "dequantize",
     "expert_linear",
+    "int_linear",
     "mean_square",
+    "norm_quantize",
     "pack",
+    "pack_weight",
     "project_out",
+    "quantize_activation",
     "quantize_asymmetric",
     "quantize_symmetric",
+    "rope_rotate",
     "rotate",
+    "rotate_quantize",
     "unpack",
 ]

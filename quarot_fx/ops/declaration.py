@@ -1,4 +1,4 @@
-"""One op, one declaration: schema, reference, fake, input generator and tolerance, stated together.
+"""One op, one declaration: schema, reference, fake, input generator, tolerance and providers, stated together.
 
 Passes insert ``torch.ops.quarot.*`` nodes; every op has a reference in plain PyTorch, so a rewritten graph
 runs anywhere. Parity tests of every provider come from the declaration (vLLM's IR ops showed how well that
@@ -19,6 +19,20 @@ HALF_TOLERANCE = {torch.float16: 2.0**-10, torch.bfloat16: 2.0**-7}  # one unit 
 
 
 @dataclass(frozen=True)
+class Provider:
+    """An implementation of an op for some devices, dtypes and shapes.
+
+    Attributes:
+        reason_against: takes the op's arguments, fake tensors too, and says why the provider cannot run them; ``None``
+            if it can.
+        implementation: takes the op's arguments and returns what the reference does, within the op's tolerance.
+    """
+
+    reason_against: Callable[..., str | None]
+    implementation: Callable[..., Any]
+
+
+@dataclass(frozen=True)
 class OpDeclaration:
     """A ``quarot::`` op.
 
@@ -29,6 +43,9 @@ class OpDeclaration:
         inputs: yields argument tuples, made from a seeded generator, that cover the op's corner cases.
         tolerance: error allowed to a provider against the reference, relative to the largest magnitude in the
             result, by the result's dtype; a dtype that is not named must agree exactly.
+        code_flips: fraction of a provider's codes that may be the neighbour of the reference's: a number that lies
+            between two codes falls to either side when it is computed in another order.
+        providers: by name, in order of preference. Packages that provide implementations add themselves.
     """
 
     schema: str
@@ -36,6 +53,8 @@ class OpDeclaration:
     fake: Callable[..., Any]
     inputs: Callable[[torch.Generator], Iterator[tuple[Any, ...]]]
     tolerance: Mapping[torch.dtype, float] = field(default_factory=dict)
+    code_flips: float = 0.0
+    providers: dict[str, Provider] = field(default_factory=dict)
 
     @property
     def name(self) -> str:

@@ -1,0 +1,33 @@
+"""Triton kernels for NVIDIA GPUs from Ampere on, one a file, as the provider ``"triton"`` of their ops.
+
+Importing this package imports neither Triton nor CUDA: ``<op>.py`` is imported when its op first runs.
+
+``<op>``          launches the kernels of ``quarot::<op>``
+``int_gemv``      the matrix product for one or two tokens
+``int_matmul``    the matrix product for any number of tokens
+``language``      device functions that kernels share
+``device``        what a device can do
+``rotation_matrices``  a Hadamard transform as products with two small matrices
+``tiles``         launch parameters, from measured tables
+``support``       which arguments each op's kernels take
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from importlib import import_module
+from typing import Any
+
+from quarot_fx.lowering.triton.support import REASONS
+from quarot_fx.ops import DECLARATIONS, Provider
+
+
+def _launcher(name: str) -> Callable[..., Any]:
+    def launch(*args: Any) -> Any:
+        return getattr(import_module(f"{__name__}.{name}"), name)(*args)
+
+    return launch
+
+
+for _name, _reason_against in REASONS.items():
+    DECLARATIONS[_name].providers["triton"] = Provider(_reason_against, _launcher(_name))

@@ -1,0 +1,279 @@
+"""Device functions that several kernels share. Each computes what ``quarot_fx.ops.affine`` defines, to the last bit.
+
+Inline PTX is used where Triton would work byte by byte; the interpreter, which has no PTX, takes the plain branch.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from triton import knobs
+from triton.language.extra import libdevice
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+INTERPRETED = tl.constexpr(knobs.runtime.interpret)
+ROUND_TO_INTEGER = tl.constexpr(1.5 * 2.0**23)  # adding it leaves no bits for a fraction: rounds half to even
+ROUND_TO_INTEGER_BITS = tl.constexpr(0x4B400000)
+
+
+# -- packed codes ----------------------------------------------------------------------------------
+
+
+@triton.jit
+def low_codes_times_16(packed):
+    """Return 16 q as int8 for the codes q in -8..7 that the low nibbles hold as q + 8."""
+    if INTERPRETED:
+        result = ((packed << 4) ^ 0x80).to(tl.int8, bitcast=True)
+    else:
+        result = tl.inline_asm_elementwise(
+            "{ .reg .b32 t; shl.b32 t, $1, 4; and.b32 t, t, 0xF0F0F0F0; xor.b32 $0, t, 0x80808080; }",
+            "=r,r",
+            [packed],
+            dtype=tl.int8,
+            is_pure=True,
+            pack=4,
+        )
+    return result
+
+
+@triton.jit
+def high_codes_times_16(packed):
+    """Return 16 q as int8 for the codes q in -8..7 that the high nibbles hold as q + 8."""
+    if INTERPRETED:
+        result = ((packed & 0xF0) ^ 0x80).to(tl.int8, bitcast=True)
+    else:
+        result = tl.inline_asm_elementwise(
+            "{ .reg .b32 t; and.b32 t, $1, 0xF0F0F0F0; xor.b32 $0, t, 0x80808080; }",
+            "=r,r",
+            [packed],
+            dtype=tl.int8,
+            is_pure=True,
+            pack=4,
+        )
+    return result
+
+
+@triton.jit
+def low_nibbles(packed):
+    """Return the low nibbles, 0 to 15, as int8."""
+    if INTERPRETED:
+        result = (packed & 0x0F).to(tl.int8, bitcast=True)
+    else:
+        result = tl.inline_asm_elementwise(
+            "and.b32 $0, $1, 0x0F0F0F0F;", "=r,r", [packed], dtype=tl.int8, is_pure=True, pack=4
+        )
+    return result
+
+
+@triton.jit
+def high_nibbles(packed):
+    """Return the high nibbles, 0 to 15, as int8."""
+    if INTERPRETED:
+        result = (packed >> 4).to(tl.int8, bitcast=True)
+    else:
+        result = tl.inline_asm_elementwise(
+            "{ .reg .b32 t; shr.u32 t, $1, 4; and.b32 $0, t, 0x0F0F0F0F; }",
+            "=r,r",
+            [packed],
+            dtype=tl.int8,
+            is_pure=True,
+            pack=4,
+        )
+    return result
+
+
+@triton.jit
+def _signed_byte(word, SHIFT: tl.constexpr):
+    return (((word >> SHIFT) & 0xFF) ^ 0x80) - 0x80
+
+
+@triton.jit
+def dot4(a, b, accumulator):
+    """Return accumulator + the product of four signed bytes of a with four of b; all are int32."""
+    if INTERPRETED:
+        for shift in tl.static_range(0, 32, 8):
+            accumulator += _signed_byte(a, shift) * _signed_byte(b, shift)
+    else:
+        accumulator = tl.inline_asm_elementwise(
+            "dp4a.s32.s32 $0, $1, $2, $3;", "=r,r,r,r", [a, b, accumulator], dtype=tl.int32, is_pure=True, pack=1
+        )
+    return accumulator
+
+
+# -- rounding --------------------------------------------------------------------------------------
+
+
+@triton.jit
+def divide_scalars(x, y):
+    """Return x / y for float32, correctly rounded, unlike ``/``."""
+    return x / y if INTERPRETED else tl.math.div_rn(x, y)
+
+
+@triton.jit
+def round_to(x, dtype: tl.constexpr):
+    """Round float32 to a floating-point type, half to even; the interpreter's own cast to bfloat16 cuts off."""
+    if INTERPRETED and dtype == tl.bfloat16:
+        bits = x.to(tl.uint32, bitcast=True)
+        x = ((bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000).to(tl.float32, bitcast=True)
+    return x.to(dtype)
+
+
+@triton.jit
+def dot(a, b, PRECISION: tl.constexpr):
+    """Return the float32 product of two matrices of one floating-point type."""
+    if INTERPRETED:  # it holds bfloat16 as integers, and multiplies these
+        a, b = a.to(tl.float32), b.to(tl.float32)
+    return tl.dot(a, b, input_precision=PRECISION)
+
+
+@triton.jit
+def _quotient(x, y):
+    """Return x / y up to 2 units in the last place, which takes a third of the instructions of ``/``."""
+    return x / y if INTERPRETED else libdevice.fast_dividef(x, y)
+
+
+@triton.jit
+def keep(x):
+    """Return x, 16 bits an element; the compiler will not compute it again in another layout."""
+    if INTERPRETED:
+        result = x
+    else:
+        result = tl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [x], dtype=x.dtype, is_pure=False, pack=2)
+    return result
+
+
+@triton.jit
+def activate(x, NAME: tl.constexpr):
+    """Apply an activation of ``quarot_fx.ops.rotate_quantize.ACTIVATIONS`` to float32."""
+    tl.static_assert(
+        NAME == "silu" or NAME == "sigmoid" or NAME == "relu" or NAME == "gelu" or NAME == "gelu_tanh",
+        "a kernel lacks this activation",
+    )
+    if NAME == "silu":
+        y = _quotient(x, 1 + tl.exp(-x))
+    elif NAME == "sigmoid":
+        y = _quotient(1.0, 1 + tl.exp(-x))
+    elif NAME == "relu":
+        y = tl.maximum(x, 0.0)
+    elif NAME == "gelu":
+        y = 0.5 * x * (1 + tl.math.erf(x * 0.7071067811865476))
+    else:
+        y = _quotient(x, 1 + tl.exp(-1.5957691216057308 * (x + 0.044715 * x * x * x)))  # 1 + tanh(u) = 2 sigmoid(2u)
+    return y
+
+
+# -- a kernel's place in a stream ------------------------------------------------------------------
+
+
+@triton.jit
+def wait_for_inputs(EARLY: tl.constexpr):
+    """Wait, in a kernel that was started early, for the results of the kernels before it."""
+    if EARLY and not INTERPRETED:
+        gdc_wait()
+
+
+@triton.jit
+def let_dependents_start(EARLY: tl.constexpr):
+    """Allow the next kernel to be started early; what it reads of this one, it waits for."""
+    if EARLY and not INTERPRETED:
+        gdc_launch_dependents()
+
+
+@triton.jit
+def prefetch(pointers, EARLY: tl.constexpr):
+    """Start to move the lines of 128 bytes at these pointers to the L2 cache, before the wait for inputs.
+
+    Caches of level 2 are coherent, so that this is safe also where the kernel ahead still writes these lines.
+    """
+    if EARLY and not INTERPRETED:
+        tl.inline_asm_elementwise(
+            "prefetch.global.L2 [$1]; mov.b32 $0, 0;",
+            "=r,l",
+            [pointers.to(tl.int64)],
+            dtype=tl.int32,
+            is_pure=False,
+            pack=1,
+        )
+
+
+# -- quantisation ----------------------------------------------------------------------------------
+
+
+@triton.jit
+def _maximum_or_nan(a, b):
+    return tl.maximum(a, b, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
+def rows_of_groups(values):
+    """View [groups, A, B] as [groups, A * B] for a reduction; the order within a group may be any."""
+    # One group is a whole tile: its elements are reduced where they are, in registers first.
+    return tl.reshape(values, (values.shape[0], values.shape[1] * values.shape[2]), can_reorder=values.shape[0] == 1)
+
+
+@triton.jit
+def _largest_magnitude(values):
+    """Return max|x| of each group of [groups, elements]; a NaN wins."""
+    if INTERPRETED:  # bits of floats are ordered like |x|, with NaN above infinity; any other reduction would be slow
+        magnitudes = values.to(tl.int32, bitcast=True) & 0x7FFFFFFF
+        largest = tl.max(magnitudes, axis=1).to(tl.float32, bitcast=True)
+    else:
+        largest = tl.reduce(tl.abs(values), 1, _maximum_or_nan)
+    return largest
+
+
+@triton.jit
+def _round_to_code(values, reciprocal, origin, lowest, highest):
+    """Return values * reciprocal, rounded half to even, plus an integer origin, clamped: as ROUND_TO_INTEGER + code.
+
+    The last bits of such a float32 are the code in two's complement. A NaN becomes the lowest code.
+    """
+    shifted = tl.fma(values, reciprocal, ROUND_TO_INTEGER)
+    if origin is not None:
+        shifted += origin
+    if INTERPRETED:  # a GPU's maximum drops a NaN, numpy's does not
+        shifted = tl.where(shifted == shifted, shifted, ROUND_TO_INTEGER + lowest)
+    return tl.minimum(tl.maximum(shifted, ROUND_TO_INTEGER + lowest), ROUND_TO_INTEGER + highest)
+
+
+@triton.jit
+def store_quantized(values, codes_at, mask, scale, zero, sums, groups, is_group, size, clip, BITS: tl.constexpr):
+    """Quantise float32 [groups, A, B], A x B elements a group, and store codes, scale, zero point and sum of codes.
+
+    ``quarot::quantize_activation`` defines the numbers, but for quotients at a tie between two codes: here they are
+    products with the scale's reciprocal. A group has ``size`` elements; masked ones must be 0, which is in any range.
+    """
+    HIGHEST: tl.constexpr = 2.0 ** (BITS - 1) - 1
+    LOWEST: tl.constexpr = -HIGHEST - 1
+    CODE_OF_NAN: tl.constexpr = 0.0 if zero is None else LOWEST
+    rows = rows_of_groups(values)
+    largest = _largest_magnitude(rows)
+    is_finite = largest < float("inf")
+    if zero is None:
+        step = divide_scalars(largest * clip, HIGHEST)
+        step = tl.where(step == 0, 1.0, step)
+        origin = None
+    else:
+        low = tl.minimum(tl.min(rows, axis=1), 0.0) * clip
+        high = tl.maximum(tl.max(rows, axis=1), 0.0) * clip
+        step = divide_scalars(high - low, 2 * HIGHEST + 1)
+        step = tl.where(step == 0, 1.0, tl.where(is_finite, step, largest))
+        zeros = _round_to_code(-low, divide_scalars(1.0, step), LOWEST, LOWEST, HIGHEST) - ROUND_TO_INTEGER
+        zeros = tl.where(is_finite, zeros, CODE_OF_NAN)
+        tl.store(zero + groups, zeros.to(tl.int32), mask=is_group)
+        origin = zeros[:, None, None]
+    # A group with a value that is not finite has one code only: clamping to it costs nothing.
+    lowest, highest = tl.where(is_finite, LOWEST, CODE_OF_NAN), tl.where(is_finite, HIGHEST, CODE_OF_NAN)
+    reciprocal = divide_scalars(1.0, step)[:, None, None]
+    shifted = _round_to_code(values, reciprocal, origin, lowest[:, None, None], highest[:, None, None])
+    bits = shifted.to(tl.int32, bitcast=True)
+    if codes_at.dtype.element_ty == tl.int8:
+        codes = bits.to(tl.int8)
+    else:
+        codes = (shifted - ROUND_TO_INTEGER).to(codes_at.dtype.element_ty)
+    tl.store(codes_at, codes, mask=mask)
+    tl.store(scale + groups, step, mask=is_group)
+    total = tl.sum(rows_of_groups(bits - ROUND_TO_INTEGER_BITS), axis=1)
+    if zero is not None:
+        total -= (values.shape[1] * values.shape[2] - size) * zeros.to(tl.int32)
+    tl.store(sums + groups, total, mask=is_group)

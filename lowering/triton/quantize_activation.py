@@ -1,0 +1,63 @@
+"""A row of an activation becomes codes: its range, scale, zero point, codes and their sum, in one pass."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from quarot_fx.lowering.triton.device import describe
+from quarot_fx.lowering.triton.language import let_dependents_start, store_quantized, wait_for_inputs
+from quarot_fx.ops.quantize_activation import fake_operand
+
+
+@triton.jit
+def _quantize_activation(
+    x,
+    codes,
+    scale,
+    zero,
+    sums,
+    groups,
+    group,
+    clip,
+    BITS: tl.constexpr,
+    GROUPS: tl.constexpr,
+    GROUP: tl.constexpr,
+    EARLY: tl.constexpr,
+):
+    """Quantise a row as [GROUPS, GROUP], the powers of two that hold [groups, group]."""
+    row = tl.program_id(0)
+    which, place = tl.arange(0, GROUPS), tl.arange(0, GROUP)[None, None, :]
+    mask = (which < groups)[:, None, None] & (place < group)
+    at = row.to(tl.int64) * (groups * group) + which[:, None, None] * group + place
+    wait_for_inputs(EARLY)
+    let_dependents_start(EARLY)
+    values = tl.load(x + at, mask=mask, other=0).to(tl.float32)
+    store_quantized(
+        values, codes + at, mask, scale, zero, sums, row * groups + which, which < groups, group, clip, BITS
+    )
+
+
+def quantize_activation(
+    x: Tensor, bits: int, group: int | None, clip: float, symmetric: bool, container: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return what the op declares."""
+    operand = fake_operand(x, bits, group, clip, symmetric, container)
+    codes, scale, zero, sums = operand
+    if x.numel():
+        size, groups = x.shape[-1], scale.shape[-1]
+        blocks = triton.next_power_of_2(groups), triton.next_power_of_2(size // groups)
+        early = describe(x.device).starts_early
+        _quantize_activation[(x.numel() // size,)](
+            x.contiguous(), codes, scale, None if symmetric else zero, sums, groups, size // groups, clip,
+            BITS=bits, GROUPS=blocks[0], GROUP=blocks[1], EARLY=early,
+            num_warps=warps_for(blocks[0] * blocks[1]), launch_pdl=early,
+        )  # fmt: skip
+    return operand
+
+
+def warps_for(elements: int) -> int:
+    """Return the warps of a program that holds so many elements in registers."""
+    return min(max(elements // 1024, 1), 16)

@@ -1,0 +1,135 @@
+"""A rotation of a row as products with at most three small matrices: rows are [a, b, c], rotated by ``L (x) M (x) R``.
+
+A Kronecker product may be cut anywhere between its factors, and Sylvester's powers of two between any two. The cheapest
+cuts are taken, with all sizes filled up to powers of two, which tensor cores want. Three matrices of 16 to 32 rows beat
+two of 128: they need a fifth of the arithmetic, and leave shared memory for a second program on the multiprocessor.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cache, lru_cache, reduce
+from itertools import combinations_with_replacement
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from quarot_fx.hadamard import PASS_COST, Factor, kronecker_factors
+from quarot_fx.rotation import Rotation
+
+LARGEST_TILE = 32768  # elements that one program holds in registers, as float32
+LARGEST_MATRIX = 128
+# Of an element of a matrix and of the row: products of float32 keep both their operands there.
+SHARED_BYTES = {torch.bfloat16: (2, 2), torch.float16: (4, 4), torch.float32: (4, 8)}
+SMALLEST_BLOCK = 16  # of a tensor core's operand
+
+
+@dataclass(frozen=True)
+class Split:
+    """How a row of outer x order x inner elements is rotated.
+
+    Attributes:
+        sizes: a, b and c: the row's shape.
+        sides: the factors whose Kronecker product rotates each axis; none for the identity.
+        outer: the first axis' matrix has so many equal diagonal blocks.
+    """
+
+    sizes: tuple[int, int, int]
+    sides: tuple[tuple[Factor, ...], tuple[Factor, ...], tuple[Factor, ...]]
+    outer: int
+
+    @property
+    def blocks(self) -> tuple[int, int, int]:
+        """The powers of two that hold a, b and c."""
+        a, b, c = (
+            power_of_two_from(size, SMALLEST_BLOCK if side else 1)
+            for size, side in zip(self.sizes, self.sides, strict=True)
+        )
+        return a, b, max(c, SMALLEST_BLOCK)
+
+    @property
+    def elements(self) -> int:
+        """Elements of the row, filled up."""
+        return math.prod(self.blocks)
+
+    @property
+    def cost(self) -> int:
+        """Multiply-adds of one row, with as many again for each pass over it as it takes the time of."""
+        present = [block for block, side in zip(self.blocks, self.sides, strict=True) if side]
+        return self.elements * sum(block + PASS_COST for block in present)
+
+    @property
+    def fits(self) -> bool:
+        """Whether a program can hold the row and the matrices."""
+        largest = max((block for block, side in zip(self.blocks, self.sides, strict=True) if side), default=1)
+        return self.elements <= LARGEST_TILE and largest <= LARGEST_MATRIX
+
+    @property
+    def norm(self) -> float:
+        """What the product, whose Hadamard factors have entries +-1, is to be scaled by."""
+        orders = (factor.order for side in self.sides for factor in side if factor.family == "hadamard")
+        return 1 / math.sqrt(math.prod(orders))
+
+    def shared_bytes(self, dtype: torch.dtype, stages: int = 1) -> int:
+        """Return the most shared memory that a program needs for activations of this dtype.
+
+        It holds the matrices, the row on its way from one to the next, and with a second stage the next row and gate.
+        """
+        matrices = sum(block**2 for block, side in zip(self.blocks, self.sides, strict=True) if side)
+        of_matrix, of_row = SHARED_BYTES[dtype]
+        return of_matrix * matrices + (of_row + (2 * dtype.itemsize if stages > 1 else 0)) * self.elements
+
+
+@cache
+def split(rotation: Rotation, size: int, inner: int) -> Split | None:
+    """Return the cheapest way to rotate a row, or ``None`` if it fits no program or the rotation is not a Hadamard."""
+    if rotation.kind != "hadamard":
+        return None
+    return min((s for s in _splits(rotation, size, inner) if s.fits), key=lambda s: s.cost, default=None)
+
+
+def _splits(rotation: Rotation, size: int, inner: int) -> Iterator[Split]:
+    outer = size // (rotation.order * inner)
+    atoms: list[Factor] = []
+    for factor in kronecker_factors(rotation.order):
+        if factor.family == "identity":
+            outer *= factor.order
+        elif factor.order & (factor.order - 1):
+            atoms.append(factor)
+        else:
+            atoms += [Factor("hadamard", 2)] * (factor.order.bit_length() - 1)
+    last = len(atoms)
+    # A plain product on the first axis comes first among equals: that on the second is a batch of products.
+    cuts = [(last, last)] if inner > 1 else combinations_with_replacement(range(last + 1), 2)
+    for i, j in cuts:
+        sides = tuple(atoms[:i]), tuple(atoms[i:j]), tuple(atoms[j:])
+        a, b, c = (math.prod(factor.order for factor in side) for side in sides)
+        yield Split((outer * a, b, c * inner), sides, outer)
+
+
+@lru_cache(maxsize=64)
+def matrices(split: Split, device: torch.device, dtype: torch.dtype) -> tuple[Tensor | None, ...]:
+    """Return L^T, M^T and R, filled up with zeros, Hadamard factors as +-1.
+
+    They are cast before they are copied, so that no kernel makes them: kernels read them before they wait for others.
+    """
+    return tuple(
+        _matrix(side, block, split.outer if axis == 0 else 1, axis < 2).to(dtype).to(device) if side else None
+        for axis, (side, block) in enumerate(zip(split.sides, split.blocks, strict=True))
+    )
+
+
+def _matrix(side: tuple[Factor, ...], block: int, outer: int, transposed: bool) -> Tensor:
+    arrays = [f.array() * (math.sqrt(f.order) if f.family == "hadamard" else 1) for f in side]
+    product = torch.from_numpy(reduce(lambda a, b: np.kron(a, b), [np.eye(outer), *arrays]))
+    filled = torch.zeros(block, block, dtype=torch.float64)
+    filled[: len(product), : len(product)] = product.mT if transposed else product
+    return filled
+
+
+def power_of_two_from(size: int, smallest: int = SMALLEST_BLOCK) -> int:
+    """Return the smallest power of two that holds a size and is no smaller than ``smallest``."""
+    return max(smallest, 1 << (size - 1).bit_length())

@@ -1,0 +1,117 @@
+"""Which arguments the kernels take: for each op, why not, or ``None``. Reads shapes and dtypes only."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import lru_cache
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from quarot_fx.lowering.triton.device import FIRST_FLOAT8, FIRST_SUPPORTED, describe, runs_interpreted
+from quarot_fx.lowering.triton.rotation_matrices import split
+from quarot_fx.rotation import Rotation
+
+LARGEST_ROW = 65536  # elements that one program holds in registers
+FLOATS = (torch.bfloat16, torch.float16, torch.float32)
+LARGEST_HEAD = 256
+LARGEST_INT_SUM = 2**31 // (16 * 8 * 128)  # codes whose products, with the unpacked weight's factor 16, fit int32
+
+
+@lru_cache
+def _has_triton() -> bool:
+    return find_spec("triton") is not None
+
+
+def _reason_against_device(device: torch.device, *dtypes: torch.dtype) -> str | None:
+    if not _has_triton():
+        return "Triton is not installed"
+    if device.type != "cuda":
+        return None if runs_interpreted() else f"Triton's kernels run on NVIDIA GPUs, not on {device.type}"
+    if torch.version.hip:
+        return "the kernels are written for NVIDIA GPUs, not for AMD's"
+    capability = describe(device).capability
+    if capability < FIRST_SUPPORTED:
+        return f"the GPU has compute capability {capability[0]}.{capability[1]}, and the kernels need 8.0 (Ampere)"
+    if torch.float8_e4m3fn in dtypes and capability < FIRST_FLOAT8:
+        return "the GPU has no float8 tensor cores"
+    return None
+
+
+def _reason_against_row(x: Tensor) -> str | None:
+    if x.dtype not in FLOATS:
+        return f"the activation is {x.dtype}"
+    if x.shape[-1] > LARGEST_ROW:
+        return f"rows of {x.shape[-1]} elements are longer than {LARGEST_ROW}"
+    return None
+
+
+def _quantize_activation(
+    x: Tensor, bits: int, group: int | None, clip: float, symmetric: bool, container: torch.dtype
+) -> str | None:
+    return _reason_against_device(x.device, container) or _reason_against_row(x)
+
+
+def _int_linear(codes: Tensor, scale: Tensor, zero: Tensor | None, *rest: Any) -> str | None:
+    _, _, weight_scale, weight_zero, _, weight_bits, _, _, dtype = rest
+    if reason := _reason_against_device(codes.device, codes.dtype):
+        return reason
+    size, groups, weight_groups = codes.shape[-1], scale.shape[-1], weight_scale.shape[-1]
+    is_float8 = codes.dtype == torch.float8_e4m3fn
+    if dtype not in FLOATS:
+        return f"the result is {dtype}"
+    if is_float8 and weight_bits == 8:
+        return "codes in float8 meet a weight of 8 bits"
+    if size > LARGEST_INT_SUM:
+        return f"sums of {size} products may overflow int32"
+    if groups > 1 and weight_groups > 1 and groups != weight_groups:
+        return "both operands are grouped, in groups of different sizes"
+    for count in (groups, weight_groups):
+        group = size // count
+        if count > 1 and group % 128 and group not in (32, 64):
+            return f"groups of {group}: the kernels take 32, 64 and multiples of 128"
+    has_offset = is_float8 or weight_zero is not None
+    if has_offset and weight_groups > groups:
+        return "zero points of the weight's groups need sums of the activation's codes for each of them"
+    return None
+
+
+def _pack_weight(codes: Tensor, bits: int) -> str | None:
+    return _reason_against_device(codes.device)
+
+
+def _norm_quantize(x: Tensor, addend: Tensor | None, *rest: Any) -> str | None:
+    return _reason_against_device(x.device, rest[-1]) or _reason_against_row(x)
+
+
+def _rotate_quantize(
+    x: Tensor, gate: Tensor | None, activation: str, rotation: str, inner: int, bits: int, group: int | None, *rest: Any
+) -> str | None:
+    if reason := _reason_against_device(x.device, rest[-1]) or _reason_against_row(x):
+        return reason
+    if group is not None and group != x.shape[-1]:
+        return "groups of a rotated row have no kernel"
+    cut = split(Rotation.parse(rotation), x.shape[-1], inner)
+    if cut is None or cut.shared_bytes(x.dtype) > describe(x.device).shared_bytes:
+        return f"{rotation} over rows of {x.shape[-1]} elements has no split into matrices that a program can hold"
+    return None
+
+
+def _rope_rotate(x: Tensor, cos: Tensor, sin: Tensor, rotation: str) -> str | None:
+    if reason := _reason_against_device(x.device) or _reason_against_row(x):
+        return reason
+    if x.shape[-1] > LARGEST_HEAD:
+        return f"heads of {x.shape[-1]} elements are larger than {LARGEST_HEAD}"
+    return None
+
+
+REASONS: dict[str, Callable[..., str | None]] = {
+    "int_linear": _int_linear,
+    "norm_quantize": _norm_quantize,
+    "pack_weight": _pack_weight,
+    "quantize_activation": _quantize_activation,
+    "rope_rotate": _rope_rotate,
+    "rotate_quantize": _rotate_quantize,
+}

@@ -1,0 +1,80 @@
+"""Kernels that end in a quantisation, by the bytes that they must move, against a copy of the same memory."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from quarot_fx.bench.timing import copies, microseconds
+from quarot_fx.lowering.triton.norm_quantize import norm_quantize
+from quarot_fx.lowering.triton.quantize_activation import quantize_activation
+from quarot_fx.lowering.triton.rope_rotate import rope_rotate
+from quarot_fx.lowering.triton.rotate_quantize import rotate_quantize
+
+SCHEME = (4, None, 0.9, True, torch.int8)
+HEAD = 128
+HIDDEN_WIDTHS = (4096, 8192)
+WIDTHS = (*HIDDEN_WIDTHS, 14336, 28672)
+
+
+@dataclass(frozen=True)
+class FusedTime:
+    """Time of one kernel, and its rate next to that of a copy.
+
+    Attributes:
+        microseconds: of one call.
+        gigabytes_per_second: of the bytes that must be read and written.
+        of_copy: that rate over the rate at which a tensor of this size is copied.
+    """
+
+    kernel: str
+    rows: int
+    width: int
+    microseconds: float
+    gigabytes_per_second: float
+    of_copy: float
+
+
+def measure_fused(widths: Sequence[int], rows: Sequence[int]) -> Iterator[FusedTime]:
+    """Measure each kernel for each shape, bfloat16 to codes of 4 bits in a byte each."""
+    for width in widths:
+        for count in rows:
+            shape = (count, width)
+            inputs = copies(lambda: torch.randn(2, *shape, device="cuda", dtype=torch.bfloat16))  # noqa: B023
+            out = torch.empty_like(inputs[0])
+            copy = 2 * out.nbytes / microseconds(out.copy_, inputs)
+            for name, (kernel, bytes_per_element) in _kernels(width, count).items():
+                time = microseconds(kernel, inputs)
+                rate = count * width * bytes_per_element / time
+                yield FusedTime(name, count, width, time, rate / 1e3, rate / copy)
+
+
+def _kernels(width: int, rows: int) -> dict[str, tuple[Callable[[Tensor], Any], int]]:
+    """Return kernels of a pair of activations, with the bytes that each must move for an element."""
+    whole = f"hadamard-{width}"
+    kernels: dict[str, tuple[Callable[[Tensor], Any], int]] = {
+        "quantise": (lambda pair: quantize_activation(pair[0], *SCHEME), 3),
+        "norm, quantise": (lambda pair: norm_quantize(pair[0], None, None, None, 1e-5, *SCHEME), 3),
+        "add, norm, quantise": (lambda pair: norm_quantize(pair[0], pair[1], None, None, 1e-5, *SCHEME), 7),
+        "silu, gate, Hadamard, quantise": (
+            lambda pair: rotate_quantize(pair[0], pair[1], "silu", whole, 1, *SCHEME),
+            5,
+        ),
+    }
+    if width not in HIDDEN_WIDTHS:
+        return kernels
+    heads = width // HEAD
+    angles = torch.rand(1, rows, HEAD, device="cuda", dtype=torch.bfloat16)
+
+    def rope(pair: Tensor) -> Tensor:
+        x = pair[0].view(1, rows, heads, HEAD).transpose(1, 2)
+        return rope_rotate(x, angles, angles, f"hadamard-{HEAD}")
+
+    def across_heads(pair: Tensor) -> Any:
+        return rotate_quantize(pair[0], None, "", f"hadamard-{heads}", HEAD, *SCHEME)
+
+    return kernels | {"Hadamard across heads, quantise": (across_heads, 3), "RoPE, Hadamard": (rope, 4)}

@@ -1,0 +1,98 @@
+"""A search for launch parameters of the matrix products: the fastest for each shape, quantisation included."""
+
+from __future__ import annotations
+
+import itertools
+import multiprocessing
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from typing import Any
+
+import torch
+
+from quarot_fx.bench.matmul import Quantized
+from quarot_fx.bench.timing import microseconds
+from quarot_fx.lowering.triton.int_linear import MOST_GEMV_TOKENS
+
+TOKENS = (1, 2, 16, 32, 64, 128, 256, 512, 2048)
+COMPILERS = 12  # processes
+Candidate = dict[str, Any]
+
+
+def tune(shapes: Sequence[tuple[int, int]], tokens: Sequence[int] = TOKENS) -> dict[str, list[dict[str, Any]]]:
+    """Return a table for ``lowering/triton/tables`` with the fastest candidate for each shape and number of tokens."""
+    jobs = {(columns, m): candidates(m) for (_, columns), m in itertools.product(shapes, tokens)}
+    with ProcessPoolExecutor(COMPILERS, mp_context=multiprocessing.get_context("spawn")) as pool:
+        works = dict(
+            zip(jobs, pool.map(_compilable, *zip(*((*job, c) for job, c in jobs.items()), strict=True)), strict=True)
+        )
+    table: dict[str, list[dict[str, Any]]] = {"int_gemv": [], "int_matmul": []}
+    for rows, columns in shapes:
+        layer = Quantized(rows, columns)
+        for m in tokens:
+            x = torch.randn(m, columns, device="cuda", dtype=torch.bfloat16)
+            launch = min(works[columns, m], key=lambda candidate: _time(layer, x, candidate))
+            kernel = "int_gemv" if m <= MOST_GEMV_TOKENS else "int_matmul"
+            table[kernel].append({"tokens": m, "rows": rows, "columns": columns, "launch": launch})
+    return table
+
+
+def candidates(tokens: int) -> list[Candidate]:
+    """Return launch parameters that may be the fastest for so many tokens."""
+    return list(_gemv() if tokens <= MOST_GEMV_TOKENS else _few(tokens) if tokens <= 128 else _many(tokens))
+
+
+def _gemv() -> Iterator[Candidate]:
+    for block_n, block_k, warps in ((8, 512, 4), (16, 256, 4), (4, 512, 2), (16, 512, 8), (8, 256, 4)):
+        yield {"BLOCK_N": block_n, "BLOCK_K": block_k, "num_warps": warps}
+
+
+def _few(tokens: int) -> Iterator[Candidate]:
+    """Tiles of all tokens, which read the weight once, split along K where rows alone give too few programs."""
+    block_m = max(16, tokens)
+    for split, (block_n, warps), stages, tma in itertools.product((1, 2, 4), ((32, 2), (64, 4)), (4, 5), (False, True)):
+        if stages * (block_n + 2 * block_m) * 128 < 160_000 and not (tma and block_n < 64):
+            yield _tile(block_n, block_m, 128, warps, stages, SPLIT_K=split, TMA=tma)
+    if tokens >= 64:
+        for split in (1, 2, 4):
+            yield _tile(128, 64, 64, 4, 4, SPLIT_K=split)
+            yield _tile(64, 64, 128, 4, 4, SPLIT_K=split)
+            yield _tile(64, 64, 128, 4, 4, SPLIT_K=split, TMA=False)
+            yield _tile(128, 128, 64, 4, 3, SPLIT_K=split)
+
+
+def _many(tokens: int) -> Iterator[Candidate]:
+    for raster, stages in itertools.product((8, 16), (3, 4)):
+        yield _tile(128, 128, 64, 4, stages, RASTER=raster)
+    if tokens <= 512:
+        for split in (1, 2, 4):
+            yield _tile(128, 64, 64, 4, 4, SPLIT_K=split)
+            yield _tile(64, 128, 128, 4, 3, SPLIT_K=split)
+            yield _tile(64, 64, 128, 4, 4, SPLIT_K=split)
+        for split in (2, 3, 4):
+            yield _tile(128, 128, 64, 4, 3, SPLIT_K=split)
+
+
+def _tile(block_n: int, block_m: int, block_k: int, warps: int, stages: int, **rest: Any) -> Candidate:
+    blocks = {"BLOCK_N": block_n, "BLOCK_M": block_m, "BLOCK_K": block_k}
+    return blocks | {"RASTER": 8} | rest | {"num_warps": warps, "num_stages": stages}
+
+
+def _compilable(columns: int, tokens: int, tried: list[Candidate]) -> list[Candidate]:
+    """Compile candidates, into Triton's cache, and return those that the device has room for."""
+    from triton.runtime.errors import OutOfResources
+
+    layer = Quantized(256, columns)
+    operand = layer.quantize(torch.randn(tokens, columns, device="cuda", dtype=torch.bfloat16))
+    works = []
+    for candidate in tried:
+        try:
+            layer.multiply(operand, layer.weights[0], candidate)
+        except OutOfResources:
+            continue
+        works.append(candidate)
+    return works
+
+
+def _time(layer: Quantized, x: torch.Tensor, launch: Candidate) -> float:
+    return microseconds(lambda weight: layer.multiply(layer.quantize(x), weight, launch), layer.weights)

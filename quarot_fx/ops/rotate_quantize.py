@@ -1,0 +1,100 @@
+"""``quarot::rotate_quantize``: a gated activation, a change of basis, and the way into a linear layer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from quarot_fx.errors import UnknownOptionError
+from quarot_fx.ops.declaration import OpDeclaration, declare
+from quarot_fx.ops.quantize_activation import Operand, fake_operand, quantize_operand
+from quarot_fx.ops.rotate import rotate
+from quarot_fx.rotation import Rotation
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "gelu": F.gelu,
+    "gelu_tanh": partial(F.gelu, approximate="tanh"),
+    "relu": F.relu,
+    "sigmoid": torch.sigmoid,
+    "silu": F.silu,
+}
+
+
+def _reference(
+    x: Tensor,
+    gate: Tensor | None,
+    activation: str,
+    rotation: str,
+    inner: int,
+    bits: int,
+    group: int | None,
+    clip: float,
+    symmetric: bool,
+    container: torch.dtype,
+) -> Operand:
+    """Return ``quantize_activation`` of ``rotate(activation(gate) * x, rotation, -1, inner)``, [..., n].
+
+    The product is rounded to the dtype of x, and all else computed in float32. With no gate, the activation is not
+    looked at.
+    """
+    y = x
+    if gate is not None:
+        y = (_activation(activation)(gate.float()) * x.float()).to(x.dtype)
+    return quantize_operand(rotate(y.float(), rotation, -1, inner), bits, group, clip, symmetric, container)
+
+
+def _activation(name: str) -> Callable[[Tensor], Tensor]:
+    if name not in ACTIVATIONS:
+        raise UnknownOptionError("activation", name, ACTIVATIONS)
+    return ACTIVATIONS[name]
+
+
+def _fake(x: Tensor, gate: Tensor | None, activation: str, rotation: str, inner: int, *rest: Any) -> Operand:
+    if gate is not None:
+        _activation(activation)
+    Rotation.parse(rotation).check_fits(x, -1, inner)
+    bits, group, clip, symmetric, container = rest
+    return fake_operand(x, bits, group, clip, symmetric, container)
+
+
+def _inputs(generator: torch.Generator) -> Iterator[tuple[Any, ...]]:
+    int8, float8 = torch.int8, torch.float8_e4m3fn
+    symmetric, asymmetric = (4, None, 0.9, True), (4, None, 0.95, False)
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        for activation in ACTIVATIONS:
+            x, gate = torch.randn(2, 3, 112, generator=generator).to(dtype)
+            yield x, gate, activation, "hadamard-112", 1, *symmetric, int8
+        for n, rotation, inner in (
+            (64, "hadamard-64", 1),
+            (192, "hadamard-64", 1),  # blocks
+            (160, "hadamard-5", 32),  # across five heads, by a Hartley matrix
+            (240, "hadamard-12", 20),
+            (512, "hadamard-512", 1),
+            (44, "hadamard-44", 1),
+            (72, "hadamard-72", 1),
+        ):
+            yield torch.randn(2, n, generator=generator).to(dtype), None, "", rotation, inner, *asymmetric, float8
+    yield torch.zeros(3, 64), None, "", "hadamard-64", 1, *symmetric, int8
+    yield torch.randn(9, 64, generator=generator), None, "", "hadamard-64", 1, 8, None, 1.0, True, int8
+    yield torch.randn(2, 64, generator=generator), None, "", "random-hadamard-64-seed1", 1, *symmetric, int8
+    yield torch.randn(2, 64, generator=generator), None, "", "hadamard-64", 1, 4, 16, 1.0, True, int8
+    yield torch.zeros(0, 64), None, "", "hadamard-64", 1, *symmetric, int8
+
+
+rotate_quantize = declare(
+    OpDeclaration(
+        schema="rotate_quantize(Tensor x, Tensor? gate, str activation, str rotation, int inner, int bits, int? group,"
+        " float clip, bool symmetric, ScalarType container)"
+        " -> (Tensor codes, Tensor scale, Tensor zero, Tensor sum)",
+        reference=_reference,
+        fake=_fake,
+        inputs=_inputs,
+        tolerance={torch.float32: 2.0**-8},  # of the scale: halves are rounded between two factors of a rotation
+        code_flips=0.03,
+    )
+)

@@ -1,0 +1,151 @@
+"""Every Triton kernel against its op's reference: on the GPU if there is one, else in Triton's interpreter."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+import torch
+
+from quarot_fx.ops import DECLARATIONS, OpDeclaration
+
+pytest.importorskip("triton", reason="kernels need Triton, which is there for Linux only")
+
+from quarot_fx.lowering import triton as kernels  # registers the provider
+from quarot_fx.lowering.triton import tiles
+from quarot_fx.lowering.triton.device import Device
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+INTEGERS = (torch.int8, torch.uint8, torch.int32, torch.float8_e4m3fn)
+OPS = sorted(kernels.REASONS)
+
+
+def inputs(name: str) -> list[tuple[Any, ...]]:
+    return list(DECLARATIONS[name].inputs(torch.Generator().manual_seed(0)))
+
+
+CASES = [pytest.param(name, index, id=f"{name}-{index}") for name in OPS for index in range(len(inputs(name)))]
+
+
+def on_device(args: tuple[Any, ...]) -> list[Any]:
+    return [arg.to(DEVICE) if isinstance(arg, torch.Tensor) else arg for arg in args]
+
+
+def check_agrees(declaration: OpDeclaration, actual: torch.Tensor, expected: torch.Tensor, codes: int) -> None:
+    """Compare one result; integers of an op with flips may differ by one step in a fraction of all codes."""
+    actual = actual.cpu()
+    assert actual.shape == expected.shape
+    assert actual.dtype == expected.dtype
+    actual, expected, dtype = actual.double(), expected.double(), actual.dtype
+    if dtype in INTEGERS and declaration.code_flips:
+        assert (actual - expected).abs().sum() <= max(1, declaration.code_flips * codes)
+        return
+    finite = expected[expected.isfinite()]
+    limit = declaration.tolerance.get(dtype, 0.0) * (finite.abs().max().item() if len(finite) else 0.0)
+    torch.testing.assert_close(actual, expected, rtol=0, atol=limit, equal_nan=True)
+
+
+# -- parity, from the declarations -----------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("name", "index"), CASES)
+def test_kernel_agrees_with_the_reference(name: str, index: int) -> None:
+    declaration, args = DECLARATIONS[name], inputs(name)[index]
+    provider, arguments = declaration.providers["triton"], on_device(args)
+    if (reason := provider.reason_against(*arguments)) is not None:
+        pytest.skip(reason)
+    actual, expected = provider.implementation(*arguments), declaration.reference(*args)
+    if isinstance(expected, torch.Tensor):
+        actual, expected = (actual,), (expected,)
+    for made, wanted in zip(actual, expected, strict=True):
+        check_agrees(declaration, made, wanted, codes=expected[0].numel())
+
+
+@pytest.mark.parametrize("name", OPS)
+def test_kernels_take_nearly_all_inputs_of_their_op(name: str) -> None:
+    provider = DECLARATIONS[name].providers["triton"]
+    reasons = [provider.reason_against(*on_device(args)) for args in inputs(name)]
+    assert reasons.count(None) >= 0.7 * len(reasons), reasons
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_nan_shows_in_its_row_only(symmetric: bool) -> None:
+    x = torch.ones(2, 40)
+    x[0, 3] = torch.nan
+    quantize = DECLARATIONS["quantize_activation"].providers["triton"].implementation
+    codes, scale, *_ = quantize(x.to(DEVICE), 4, None, 1.0, symmetric, torch.int8)
+    lowest = 0 if symmetric else -8
+    assert scale[0].isnan()
+    assert scale[1].isfinite()
+    assert (codes[0] == lowest).all()
+    assert (codes[1] == 7).all()
+
+
+# -- choice of launch parameters -------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("tokens", [1, 2, 3, 20, 130, 260])
+@pytest.mark.parametrize("container", [torch.int8, torch.float8_e4m3fn])
+def test_every_path_accumulates_exactly(tokens: int, container: torch.dtype) -> None:
+    """With scales of 1 and results below 2^24, float32 shows each bit of the int32 sum."""
+    generator = torch.Generator().manual_seed(tokens)
+    codes = torch.randint(-8, 8, (tokens, 300), dtype=torch.int8, generator=generator)
+    weight = torch.randint(-8, 8, (70, 300), dtype=torch.int8, generator=generator)
+    operand = (codes.to(container), torch.ones(tokens, 1), None, codes.sum(-1, keepdim=True, dtype=torch.int32))
+    weights = (DECLARATIONS["pack_weight"].reference(weight, 4), torch.ones(70, 1), None, None, 4)
+    args = on_device((*operand, *weights, None, None, torch.float32))
+    provider = DECLARATIONS["int_linear"].providers["triton"]
+    if (reason := provider.reason_against(*args)) is not None:
+        pytest.skip(reason)
+    assert torch.equal(provider.implementation(*args).cpu().double(), codes.double() @ weight.double().mT)
+
+
+def test_split_products_are_the_same_in_every_run() -> None:
+    from quarot_fx.lowering.triton.int_linear import int_linear
+
+    args = on_device(inputs("int_linear")[8])
+    launch = {"BLOCK_N": 32, "BLOCK_M": 16, "BLOCK_K": 64, "RASTER": 8, "num_warps": 4, "num_stages": 2}
+    whole, split = int_linear(*args, launch=launch), int_linear(*args, launch={**launch, "SPLIT_K": 3})
+    assert torch.equal(whole, split)
+
+
+@pytest.mark.parametrize(
+    ("capability", "kibibytes", "is_hopper_like"),
+    [((8, 0), 163, False), ((8, 6), 99, False), ((9, 0), 227, True), ((10, 0), 227, True), ((12, 0), 99, False)],
+)
+def test_every_gpu_has_launch_parameters_that_fit_it(
+    capability: tuple[int, int], kibibytes: int, is_hopper_like: bool
+) -> None:
+    found = tiles.table(Device(capability, kibibytes * 1024))
+    for kernel in ("int_gemv", "int_matmul", "int_matmul_float8", "rotate_quantize"):
+        assert found[kernel]
+    assert (len(found["int_matmul"]) > 10) == is_hopper_like
+
+
+# -- what the kernels do not take ------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"dtype": torch.float64}, "result is torch.float64"),
+        ({"codes": torch.zeros(1, 2**20, dtype=torch.int8)}, "overflow int32"),
+        ({"scale": torch.ones(1, 32)}, "groups of 16"),
+        ({"scale": torch.ones(1, 2), "weight_scale": torch.ones(20, 4)}, "different sizes"),
+        ({"weight_scale": torch.ones(20, 4), "weight_zero": torch.ones(20, 4, dtype=torch.int32)}, "need sums"),
+    ],
+)
+def test_reasons_against_a_product(change: dict[str, Any], reason: str) -> None:
+    names = ("codes", "scale", "zero", "sum", "weight", "weight_scale", "weight_zero", "weight_sum", "weight_bits",
+             "bias", "residual", "dtype")  # fmt: skip
+    args = dict(zip(names, inputs("int_linear")[0], strict=True)) | change
+    found = DECLARATIONS["int_linear"].providers["triton"].reason_against(*on_device(tuple(args.values())))
+    assert found is not None
+    assert reason in found
+
+
+def test_importing_the_provider_needs_no_triton() -> None:
+    program = "import sys; sys.modules['triton'] = None; import quarot_fx.lowering.triton"
+    subprocess.run([sys.executable, "-c", program], check=True)
