@@ -252,6 +252,44 @@ def _(new, a, b, c, d):
     yield new(a, b, c), 1
 
 
+@inputs(aten.where.self)
+def _(new, a, b, c, d):
+    yield new(a, b) > 0, new(a, b), new(a, b)
+    yield new(a, 1) > 0, new(a, b), new(a, b)
+    yield new(a, 1) > 0, new(a, b), new()
+
+
+@inputs(aten.where.ScalarOther)
+def _(new, a, b, c, d):
+    for mask in new(a, b) > 0, new(a, 1) > 0, new(1, b) > 0:
+        yield mask, new(a, b), 0.0
+        yield mask, new(a, b), 0.5
+
+
+@inputs(aten.masked_fill.Scalar)
+def _(new, a, b, c, d):
+    for mask in new(a, b) > 0, new(a, 1) > 0, new(b) > 0:
+        yield new(a, b), mask, 0.0
+        yield new(a, b), mask, 0.5
+
+
+@inputs(aten.where.ScalarSelf)
+def _(new, a, b, c, d):
+    yield new(a, 1) > 0, 0, new(a, b)
+    yield new(a, b) > 0, 0.5, new(a, b)
+
+
+@inputs(aten.where.Scalar)
+def _(new, a, b, c, d):
+    yield new(a, b) > 0, 0.5, 1.5
+
+
+@inputs(aten.masked_fill.Tensor)
+def _(new, a, b, c, d):
+    yield new(a, b), new(a, b) > 0, new()
+    yield new(a, b), new(a, 1) > 0, new()
+
+
 @inputs(aten.hstack.default)
 def _(new, a, b, c, d):
     yield ([new(a, b, c), new(a, d, c)],)
@@ -405,12 +443,6 @@ ONE_CALL: dict[Any, Callable[..., Any]] = {
     aten.to.other: lambda new, a, b, c, d: (new(a, b), new(c, d)),
     aten.type_as.default: lambda new, a, b, c, d: (new(a, b), new(c, d)),
     aten.pow.Scalar: lambda new, a, b, c, d: (2, new(a, b)),
-    aten.where.self: lambda new, a, b, c, d: (new(a, b) > 0, new(a, b), new(a, b)),
-    aten.where.ScalarOther: lambda new, a, b, c, d: (new(a, b) > 0, new(a, b), 0.5),
-    aten.where.ScalarSelf: lambda new, a, b, c, d: (new(a, b) > 0, 0.5, new(a, b)),
-    aten.where.Scalar: lambda new, a, b, c, d: (new(a, b) > 0, 0.5, 1.5),
-    aten.masked_fill.Scalar: lambda new, a, b, c, d: (new(a, b), new(a, b) > 0, 0.5),
-    aten.masked_fill.Tensor: lambda new, a, b, c, d: (new(a, b), new(a, b) > 0, new()),
     aten._softmax.default: lambda new, a, b, c, d: (new(a, b), -1, False),
     aten._safe_softmax.default: lambda new, a, b, c, d: (new(a, b), -1),
     aten.logsumexp.default: lambda new, a, b, c, d: (new(a, b), [-1]),

@@ -24,6 +24,7 @@ BARRIERS = {
     *(name for name, rule in rules().items() if rule.__name__ in ("non_linear", "choice")),
     *("aten.add.Scalar", "aten.sub.Scalar", "aten.rsub.Scalar", "aten.flip.default", "aten.roll.default"),
     *("aten.ones.default", "aten.full.default", "aten.copy_.default"),
+    *("aten.where.Scalar", "aten.masked_fill.Tensor"),
 }
 
 

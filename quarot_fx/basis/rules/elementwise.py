@@ -81,8 +81,7 @@ def linear_unary(op: Operator) -> None:
     aten.leaky_relu.default, aten.elu.default, aten.hardtanh.default, aten.mish.default, aten.relu6.default,
     aten.remainder.Scalar, aten.remainder.Tensor, aten.fmod.Scalar, aten.fmod.Tensor, aten.round.default,
     aten.sign.default, aten.erf.default, aten.hardsigmoid.default, aten.hardswish.default, aten.polar.default,
-    aten.where.self, aten.where.ScalarOther, aten.where.ScalarSelf, aten.where.Scalar, aten.masked_fill.Scalar,
-    aten.masked_fill.Tensor, aten.softmax.int, aten._softmax.default, aten._safe_softmax.default,
+    aten.softmax.int, aten._softmax.default, aten._safe_softmax.default,
     aten.log_softmax.int, aten.triu.default, aten.tril.default, aten.floor_divide.default, aten.div.Tensor_mode,
     aten.cumsum.default, aten.dropout.default,
     aten.view_as_complex.default, aten.view_as_real.default, aten.threshold.default, aten.celu.default,
@@ -91,3 +90,28 @@ def linear_unary(op: Operator) -> None:
 def non_linear(op: Operator) -> None:
     """Anything that is not linear along an axis needs the canonical basis there, and few say where they are not."""
     op.barrier("is not linear")
+
+
+@rule(
+    aten.masked_fill.Scalar,
+    aten.masked_fill.Tensor,
+    aten.where.self,
+    aten.where.ScalarOther,
+    aten.where.ScalarSelf,
+    aten.where.Scalar,
+)
+def selection(op: Operator) -> None:
+    """Vectors that are chosen whole keep their basis; 0 is in every basis, any other number in the canonical one."""
+    fills = op.node.target in (aten.masked_fill.Scalar, aten.masked_fill.Tensor)
+    mask, choices = op["mask" if fills else "condition"], (op["self"], op["value" if fills else "other"])
+    tensors = [choice for choice in choices if isinstance(choice, Tensor)]
+    numbers = [choice for choice in choices if not isinstance(choice, Tensor)]
+    masks = list(broadcast(mask, op.result))
+    spans = [list(broadcast(tensor, op.result)) for tensor in tensors]
+    for dim, result in enumerate(op.result.axes()):
+        axes = [span[dim][0] for span in spans]
+        if masks[dim][0] is not None or None in axes or any(number != 0 for number in numbers):
+            op.pin([result, *(axis for axis in axes if axis is not None)], "chooses element by element along this axis")
+        else:
+            for axis in axes:
+                op.tie(axis, result)  # type: ignore[arg-type]
