@@ -53,7 +53,7 @@ def scales_vectors(node: fx.Node, x: fx.Node) -> bool:
     """
     if str(node.target) == "aten.masked_fill.Scalar":
         filled, mask, number = node.args[:3]
-        return filled is x and number == 0 and isinstance(mask, fx.Node) and _is_one_for_each_vector(mask)
+        return filled is x and bool(number == 0) and isinstance(mask, fx.Node) and _is_one_for_each_vector(mask)
     if str(node.target) not in SCALINGS or not is_tensor(node) or node.args[0] is node.args[1]:
         return False
     factors = [operand for operand in argument_nodes(node) if operand is not x]

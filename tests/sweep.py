@@ -19,7 +19,6 @@ import time
 import warnings
 from collections import Counter
 from collections.abc import Callable, Mapping
-from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -234,13 +233,11 @@ def main() -> int:
     start, records = time.perf_counter(), []
     console = Console(stderr=True)
     context = multiprocessing.get_context("spawn")
-    with (
-        ProcessPoolExecutor(arguments.jobs, context, max_tasks_per_child=12) as pool,
-        Progress(console=console) as progress,
-    ):
+    # A process does a few only, since Dynamo's caches grow.
+    with context.Pool(arguments.jobs, maxtasksperchild=12) as pool, Progress(console=console) as progress:
         task = progress.add_task("architectures", total=len(wanted))
-        for future in as_completed([pool.submit(measure, *one) for one in wanted]):
-            records.append(future.result())
+        for record in pool.imap_unordered(_measure, wanted):
+            records.append(record)
             progress.advance(task)
             progress.print(_line(records[-1]), markup=False, soft_wrap=True)
     records.sort(key=lambda record: wanted.index((record.name, record.category)))
@@ -250,6 +247,10 @@ def main() -> int:
         write(records, seconds, arguments.jobs)
     console.print(f"{len(records) - len(failed)} passed, {len(failed)} failed in {seconds / 60:.1f} minutes")
     return bool(failed)
+
+
+def _measure(one: tuple[str, str]) -> Record:
+    return measure(*one)
 
 
 def _line(record: Record) -> str:

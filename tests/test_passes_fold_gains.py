@@ -15,6 +15,8 @@ READERS = {
     "experts, repeated tokens": lambda m, x: torch.bmm(x.view(1, -1, WIDTH).expand(2, -1, -1), m.experts),
     "several": lambda m, x: m.a(x) + x @ m.w + m.c(x[:, :1]),
     "through a cast": lambda m, x: m.a(x.double().float()),
+    "through a factor for each token": lambda m, x: m.a(x / torch.arange(1.0, 4.0)[:, None]),
+    "through a mask of tokens": lambda m, x: m.a(x.masked_fill(torch.arange(3)[:, None] > 1, 0.0)),
 }
 PARTS = {"g": WIDTH, "a": linear(6), "c": linear(6, bias=True), "w": (WIDTH, 6), "experts": (2, WIDTH, 6), "bias": 6}
 
@@ -88,6 +90,9 @@ def test_sandwich_norm_keeps_its_gain():
         (lambda m, x: x * m.g, "it is read by the graph's output"),
         (lambda m, x: m.a(y := x * m.g) + y.sum(), "it is read by aten.sum.default"),
         (lambda m, x: m.a(torch.relu(x * m.g)), "it is read by aten.relu.default"),
+        (lambda m, x: m.a((x * m.g).masked_fill(x > 1, 0.0)), "it is read by aten.masked_fill.Scalar"),
+        (lambda m, x: m.a((x * m.g).masked_fill(x[..., :1] > 1, 0.5)), "it is read by aten.masked_fill.Scalar"),
+        (lambda m, x: m.a(1 / (x * m.g)), "it is read by aten.reciprocal.default"),
         (lambda m, x: (x + (y := m.square(x)) * m.g) * y.sum(), "it is read by aten.add.Tensor"),  # two read y
         (lambda m, x: (x * m.g) @ (x * m.h).mT, "it is read by aten.matmul.default"),
     ],
