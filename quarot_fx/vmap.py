@@ -58,8 +58,9 @@ def _write_out(gm: fx.GraphModule, region: list[fx.Node]) -> None:
                 made[node] = gm.graph.get_attr(name)
             elif node.op == "call_function":
                 made[node] = gm.graph.node_copy(node, made.__getitem__)
-                provenance = {key: region[0].meta[key] for key in PROVENANCE if key in region[0].meta}
-                made[node].meta = {**provenance, "example_value": node.meta["val"]}
+                made[node].meta = {key: region[0].meta[key] for key in PROVENANCE if key in region[0].meta}
+                if "val" in node.meta:  # torch 2.11 gives sizes none
+                    made[node].meta["example_value"] = node.meta["val"]
     (results,) = traced.graph.find_nodes(op="output")
     for old, new in zip(outputs, results.args[0], strict=True):
         old.replace_all_uses_with(made[new])
