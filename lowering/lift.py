@@ -60,12 +60,11 @@ def lift(module: fx.GraphModule) -> Lifted:
             graph.erase_node(node)
     stored = [node for node in graph.find_nodes(op="get_attr") if is_tensor(node)]
     tensors = {str(node.target): stored_tensor(node) for node in stored}
-    start = next(iter(graph.nodes))
     for node in stored:
         key = node.meta.get(INPUT, str(node.target))
         found = live if INPUT in node.meta else constants
         if key not in found:
-            with graph.inserting_before(start):
+            with graph.inserting_before(next(iter(graph.nodes))):  # the first may be one that was erased by now
                 found[key] = _placeholder(graph, node)
         node.replace_all_uses_with(found[key])
         graph.erase_node(node)
