@@ -117,3 +117,12 @@ def test_one_tensor_as_two_parameters():
     with torch.no_grad():
         model.a.weight.mul_(1.5)
     assert relative_difference([rotated(x)], [model(x)]) < 1e-9
+
+
+@pytest.mark.parametrize("reads", [1, 2, 3])
+def test_weights_read_before_any_input(reads):
+    """The first nodes of such a graph are weights, which become inputs of the compiled one."""
+    weights = {f"w{i}": (16, 16) for i in range(reads)}
+    model = fill(Lambda(lambda m, x: sum(getattr(m, name).sin() for name in weights) @ x.mT + m.a(x).sum(), **weights,
+                        a=linear(6)))  # fmt: skip
+    assert_rotates(model, tokens().double())
