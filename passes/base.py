@@ -6,14 +6,16 @@ import re
 import time
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import fx
-from torch.export import ExportedProgram
 
 from quarot_fx.config import QuarotConfig
 from quarot_fx.program import Program, drop_unused_tensors
 from quarot_fx.report import PassReport
+
+if TYPE_CHECKING:
+    from torch.export import ExportedProgram
 
 
 @dataclass(frozen=True)

@@ -133,10 +133,7 @@ class MissingExtraError(QuarotError, ImportError):
 class NoGPUError(QuarotError):
     """A command that measures a GPU found none."""
 
-    template = "this measures an NVIDIA GPU, and PyTorch {reason}. Run it where torch.cuda.is_available() is True."
-
-    def __init__(self) -> None:
-        super().__init__(reason="sees none")
+    template = "this measures an NVIDIA GPU, and PyTorch sees none. Run it where torch.cuda.is_available() is True."
 
 
 class NotFoundError(QuarotError, LookupError):

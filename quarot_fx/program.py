@@ -9,12 +9,13 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import fx
-from torch.export import ExportedProgram
 from torch.fx._lazy_graph_module import _make_graph_module, _use_lazy_graph_module
 
 from quarot_fx.store import WeightStore, expression
 
 if TYPE_CHECKING:
+    from torch.export import ExportedProgram
+
     from quarot_fx.basis.plan import RotationPlan
     from quarot_fx.report import PassReport
 

@@ -94,11 +94,6 @@ class Record:
         found = [f"{name} {d:.1e}" for name, d in self.differences.items() if d is not None and not d < LIMITS[name]]
         return found if self.four_bits is not None else [*found, "4-bit logits are not finite"]
 
-    @property
-    def transforms_per_layer(self) -> float:
-        """Online transforms divided by decoder layers."""
-        return self.coverage.get("transforms", 0) / max(self.layers, 1)
-
 
 def measure(name: str, category: str) -> Record:
     """Try one architecture in all ways."""
