@@ -6,13 +6,12 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
-from torch import fx
 
 from quarot_fx.config import UNQUANTIZED_BITS, QuantScheme
 from quarot_fx.graph import Inserter, replace_arguments
 from quarot_fx.linear_like import LinearLike, linear_likes
 from quarot_fx.passes.base import Pass
-from quarot_fx.passes.quantized import insert_packed
+from quarot_fx.passes.quantized import dequantization_of, insert_packed
 from quarot_fx.program import Program
 from quarot_fx.report import PassReport
 from quarot_fx.roles import Roles
@@ -37,7 +36,7 @@ class QuantizeWeights(Pass):
                 report.decline(linear.parameter, why)
             elif scheme.bits == UNQUANTIZED_BITS:
                 report.decline(linear.parameter, "w_bits=16 asks to leave it alone")
-            elif not _is_quantized(linear.weight):
+            elif dequantization_of(linear.weight) is None:
                 self._quantize(program, linear, scheme)
                 report.matched += 1
                 report.weights += 1
@@ -53,9 +52,3 @@ class QuantizeWeights(Pass):
             if dim != -1:
                 dense = insert.call(aten.transpose.int, dense, dim, -1)
         replace_arguments(node, {linear.spelling.weight: dense})
-
-
-def _is_quantized(weight: fx.Node) -> bool:
-    if str(weight.target) == "aten.transpose.int":
-        weight = weight.all_input_nodes[0]
-    return str(weight.target) == "quarot.dequantize.default"

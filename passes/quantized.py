@@ -11,7 +11,7 @@ from quarot_fx.clip_search import quantize_weight
 from quarot_fx.config import QuantScheme
 from quarot_fx.errors import GroupSizeError
 from quarot_fx.float64 import evaluate
-from quarot_fx.graph import Inserter
+from quarot_fx.graph import Inserter, argument_nodes
 from quarot_fx.program import Program
 
 aten, quarot = torch.ops.aten, torch.ops.quarot
@@ -58,3 +58,11 @@ def insert_packed(
         return insert.constant(f"{parameter}.{name}", tensor, parameter)
 
     return stored("codes"), stored("scale"), None if scheme.symmetric else stored("zero")
+
+
+def dequantization_of(node: fx.Node) -> fx.Node | None:
+    """Return what made a node's value of codes, or None if it was not. Quantised over an axis that is not the last
+    one, a tensor is transposed for that, and back.
+    """
+    made = argument_nodes(node)[0] if str(node.target) == "aten.transpose.int" else node
+    return made if made.target is quarot.dequantize.default else None

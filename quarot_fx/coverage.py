@@ -12,6 +12,7 @@ from quarot_fx.basis.plan import Site
 from quarot_fx.config import UNQUANTIZED_BITS, QuarotConfig
 from quarot_fx.graph import PARAMETER, Constants, argument_nodes, is_float, is_tensor, module_path, stored_tensor
 from quarot_fx.linear_like import linear_likes
+from quarot_fx.passes.quantized import dequantization_of
 from quarot_fx.program import Program
 from quarot_fx.report import CacheRecord, LinearRecord, OtherWeight, Report
 from quarot_fx.roles import Roles
@@ -23,8 +24,9 @@ def cover(program: Program) -> Report:
     declined = {d.where: d.reason for report in program.reports for d in report.declined}
     none = Site("", "", "", "no", "rotations were not placed")
     roles = Roles(program.graph, QuarotConfig())
+    layers = list(linear_likes(program.graph))
     linears = []
-    for linear in linear_likes(program.graph):
+    for linear in layers:
         site = sites.get(("linear", linear.node.name), none)
         w_bits, a_bits = _weight_bits(linear.weight), _activation_bits(linear.x)
         is_left = w_bits == a_bits == UNQUANTIZED_BITS
@@ -37,15 +39,14 @@ def cover(program: Program) -> Report:
         user, place = before_repetition(read)
         bits = _activation_bits(argument_nodes(user)[place])
         caches.append(CacheRecord(module_path(read.user), read.kind, bits, site.rotated, site.why))
-    others = list(_other_weights(program.graph))
+    others = list(_other_weights(program.graph, {linear.node for linear in layers}))
     return Report(list(program.reports), program.plan, linears, caches, others, weight_bytes(program))
 
 
-def _other_weights(graph: fx.Graph) -> Iterator[OtherWeight]:
+def _other_weights(graph: fx.Graph, layers: set[fx.Node]) -> Iterator[OtherWeight]:
     """Yield the matrices that anything but a linear layer or an embedding reads, themselves or what is made of them."""
     constants = Constants(graph)
-    expected = {linear.node for linear in linear_likes(graph)}
-    expected.update(graph.find_nodes(op="call_function", target=torch.ops.aten.embedding.default))
+    expected = layers.union(graph.find_nodes(op="call_function", target=torch.ops.aten.embedding.default))
     for node in graph.find_nodes(op="get_attr"):
         if PARAMETER not in node.meta or not is_float(node) or node.meta["val"].ndim < 2:
             continue
@@ -72,20 +73,13 @@ def _stored(graph: fx.Graph) -> Iterator[torch.Tensor]:
 
 
 def _weight_bits(weight: fx.Node) -> int:
-    weight = _before_transposition(weight)
-    if str(weight.target) != "quarot.dequantize.default":
-        return UNQUANTIZED_BITS
-    return argument_nodes(weight)[0].args[1]  # type: ignore[return-value]
+    made = dequantization_of(weight)
+    return UNQUANTIZED_BITS if made is None else argument_nodes(made)[0].args[1]  # type: ignore[return-value]
 
 
 def _activation_bits(x: fx.Node) -> int:
-    x = _before_transposition(x)
-    if str(x.target) != "quarot.dequantize.default":
+    made = dequantization_of(x)
+    if made is None:
         return UNQUANTIZED_BITS
-    codes = argument_nodes(x)[0]
+    codes = argument_nodes(made)[0]
     return argument_nodes(codes)[0].args[1]  # type: ignore[return-value]
-
-
-def _before_transposition(node: fx.Node) -> fx.Node:
-    """Return what is quantised over an axis that is not the last one: it is transposed for that, and back."""
-    return argument_nodes(node)[0] if str(node.target) == "aten.transpose.int" else node

@@ -22,9 +22,10 @@ from quarot_fx.aliasing import argument
 from quarot_fx.capture import INPUT, Captured, capture, trace
 from quarot_fx.errors import GraphInputError, TrainingModeError
 from quarot_fx.graph import PARAMETER, module_path
+from quarot_fx.meta import fake_on
 from quarot_fx.program import copy_graph_module
 
-DROPOUTS = {"aten.dropout.default": "train", "aten.native_dropout.default": "train"}
+DROPOUTS = {"aten.dropout.default", "aten.native_dropout.default"}
 
 
 def import_graph(
@@ -134,17 +135,17 @@ def _fake_values(placeholders: list[fx.Node], examples: list[Any]) -> tuple[Fake
             )
     modes = {id(val.fake_mode): val.fake_mode for val in values if isinstance(val, FakeTensor)}
     fake_mode = next(iter(modes.values())) if len(modes) == 1 else FakeTensorMode(allow_non_fake_inputs=True)
-    with fake_mode:  # tracing real tensors gives each a mode of its own, and modes do not mix
-        return fake_mode, [_fake(val, fake_mode) if isinstance(val, torch.Tensor) else val for val in values]
+    # Tracing real tensors gives each a mode of its own, and modes do not mix.
+    return fake_mode, [_fake(val, fake_mode) if isinstance(val, torch.Tensor) else val for val in values]
 
 
 def _fake(tensor: torch.Tensor, fake_mode: FakeTensorMode) -> torch.Tensor:
     if isinstance(tensor, FakeTensor) and tensor.fake_mode is fake_mode:
         return tensor
-    return torch.empty_strided(tensor.size(), tensor.stride(), dtype=tensor.dtype, device=tensor.device)
+    return fake_on(tensor, tensor.device, fake_mode)
 
 
 def _check_evaluation_mode(module: fx.GraphModule) -> None:
     for node in module.graph.nodes:
-        if str(node.target) in DROPOUTS and argument(node, DROPOUTS[str(node.target)]):
+        if str(node.target) in DROPOUTS and argument(node, "train"):
             raise TrainingModeError(where=module_path(node))

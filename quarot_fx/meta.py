@@ -49,7 +49,7 @@ class StandIns:
 
 
 def fake_on(tensor: torch.Tensor, device: torch.device | str, fake_mode: FakeTensorMode) -> torch.Tensor:
-    """Return a fake tensor that says of a meta tensor that it is on a device."""
+    """Return a fake tensor of a tensor's shape, strides and dtype that says that it is on a device."""
     with fake_mode:
         return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=device)
 
