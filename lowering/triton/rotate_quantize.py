@@ -81,7 +81,9 @@ def _rotate_quantize(
     let_dependents_start(EARLY)
     for index in range(ROWS):
         row = tl.program_id(0) * ROWS + index
-        mask = in_row & (row < rows)
+        group = tl.full((1,), row, tl.int32)
+        is_row = group < rows  # a block, not a scalar: the interpreter would make the mask integers
+        mask = in_row & is_row[:, None]
         at = row.to(tl.int64) * (A * B * C) + place
         values = tl.load(x + at, mask=mask, other=0)
         if gate is not None:
@@ -99,8 +101,7 @@ def _rotate_quantize(
             matrix = tl.broadcast_to(middle_matrix.to(values.dtype)[None, :, :], (BLOCK_A, BLOCK_B, BLOCK_B))
             values = dot(matrix, values, PRECISION)
         values = tl.reshape(values.to(tl.float32) * norm, (1, BLOCK_A * BLOCK_B, BLOCK_C))
-        group = tl.full((1,), row, tl.int32)
-        codes_at, is_row = (codes + at)[None, :, :], group < rows
+        codes_at = (codes + at)[None, :, :]
         store_quantized(values, codes_at, mask[None, :, :], scale, zero, sums, group, is_row, A * B * C, clip, BITS)
 
 
