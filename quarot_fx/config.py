@@ -12,6 +12,7 @@ from quarot_fx.errors import OptionError, UnknownOptionError
 
 UNQUANTIZED_BITS = 16
 ROTATIONS = ("hadamard", "random", "none")
+KERNELS = ("auto", "reference", "none")
 OVERRIDABLE = ("w_bits", "a_bits", "w_group", "a_group", "w_sym", "a_sym", "w_clip", "a_clip")
 SKIP: Mapping[str, Any] = {"w_bits": UNQUANTIZED_BITS, "a_bits": UNQUANTIZED_BITS}
 
@@ -57,6 +58,8 @@ class QuarotConfig:
         disabled_passes: names of passes to leave out.
         nested_backend: what compiles the rewritten graph: ``"inductor"``, ``"aot_eager"``, ``"eager"`` or any name
             that ``torch.compile`` knows.
+        kernels: which nodes are fused into ops with kernels: ``"auto"``, those that a provider runs on the device at
+            hand; ``"reference"``, all, to be run by the ops' references where there is no kernel; or ``"none"``.
         check: after each pass that must not change the output, run both graphs in float64 and compare.
         free_originals: release the original weights as soon as their quantised form exists.
 
@@ -86,6 +89,7 @@ class QuarotConfig:
     stop_after: str | None = None
     disabled_passes: tuple[str, ...] = ()
     nested_backend: str = "inductor"
+    kernels: str = "auto"
     check: bool = False
     free_originals: bool = False
 
@@ -110,6 +114,8 @@ class QuarotConfig:
             raise OptionError(name="seed", value=self.seed, reason="must be an integer, 0 or more")
         if self.rotation not in ROTATIONS:
             raise UnknownOptionError("rotation", str(self.rotation), ROTATIONS)
+        if self.kernels not in KERNELS:
+            raise UnknownOptionError("kernels", str(self.kernels), KERNELS)
 
     def _set(self, name: str, value: Any) -> None:
         object.__setattr__(self, name, value)

@@ -1,0 +1,51 @@
+"""Which implementation runs an op on a device: the first provider that takes its arguments."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib import import_module
+from typing import Any
+
+from torch import fx
+from torch.fx.node import map_aggregate
+
+from quarot_fx.graph import value
+from quarot_fx.ops import DECLARATIONS, OpDeclaration, Provider
+
+PACKAGES = ("quarot_fx.lowering.triton",)  # each adds its providers to the declarations as it is imported
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What was found for one call of an op.
+
+    Attributes:
+        name: of the provider, or ``None``.
+        provider: the provider itself.
+        reason: why there is none, each provider's own words.
+    """
+
+    name: str | None
+    provider: Provider | None
+    reason: str
+
+
+def choose_provider(declaration: OpDeclaration, arguments: Sequence[Any]) -> Choice:
+    """Return the first provider that takes the arguments, nodes among them standing for their fake values."""
+    for package in PACKAGES:
+        import_module(package)
+    values = map_aggregate(tuple(arguments), lambda a: value(a) if isinstance(a, fx.Node) else a)
+    reasons = []
+    for name, provider in declaration.providers.items():
+        reason = provider.reason_against(*values)
+        if reason is None:
+            return Choice(name, provider, "")
+        reasons.append(f"{name}: {reason}")
+    return Choice(None, None, "; ".join(reasons) or f"no provider implements quarot::{declaration.name}")
+
+
+def declaration_of(node: fx.Node) -> OpDeclaration | None:
+    """Return the declaration of the op that a node calls, or ``None``."""
+    namespace, _, name = str(node.target).removesuffix(".default").partition(".")
+    return DECLARATIONS.get(name) if node.op == "call_function" and namespace == "quarot" else None
