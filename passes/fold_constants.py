@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
 from typing import ClassVar
 
+import torch
 from torch import fx
 
 from quarot_fx.float64 import evaluate
-from quarot_fx.graph import AUTHOR, Constants, Inserter, parameters_of
+from quarot_fx.graph import AUTHOR, PART, Constants, Inserter, parameters_of
 from quarot_fx.passes.base import Pass
 from quarot_fx.program import Program
 from quarot_fx.report import PassReport
@@ -34,17 +36,36 @@ class FoldConstants(Pass):
                 foldable[node] = False
             elif all(source in foldable for source in node.all_input_nodes):
                 foldable[node] = AUTHOR in node.meta or any(foldable[source] for source in node.all_input_nodes)
-        for node in [node for node, is_ours in foldable.items() if is_ours]:
-            if any(not foldable.get(user) for user in node.users):
-                self._fold(program, node)
-                report.matched += 1
-                report.weights += 1
+        folded = [n for n, is_ours in foldable.items() if is_ours and any(not foldable.get(user) for user in n.users)]
+        quantizations = {node: _quantizations_behind(node) for node in folded}
+        pending = Counter(node for nodes in quantizations.values() for node in nodes)
+        for node in folded:
+            self._fold(program, node)
+            report.matched += 1
+            report.weights += 1
+            pending -= Counter(quantizations[node])
+            for done in quantizations[node] - pending.keys():
+                program.known.pop(done, None)
 
     def _fold(self, program: Program, node: fx.Node) -> None:
         dtype = node.meta["val"].dtype
-        value = program.constant(node, f"value as {dtype}", lambda: evaluate(node).to(dtype).contiguous())
+        purpose = f"value as {dtype}"
+        value = program.constant(node, purpose, lambda: evaluate(node, program.known).to(dtype).contiguous())
         insert = Inserter(node.graph, self.name, node)
         name = parameters_of(node)[0]
         with node.graph.inserting_before(node):
-            folded = insert.constant(name, value, name)
+            folded = insert.constant(f"{name}.{node.meta[PART]}" if PART in node.meta else name, value, name)
         node.replace_all_uses_with(folded)
+
+
+def _quantizations_behind(node: fx.Node) -> set[fx.Node]:
+    """Return the quantisations of weights that a constant is made of."""
+    found, pending, seen = set(), [node], set()
+    while pending:
+        current = pending.pop()
+        if current not in seen:
+            seen.add(current)
+            pending += current.all_input_nodes
+            if current.target is torch.ops.quarot.quantize_weight.default:
+                found.add(current)
+    return found

@@ -136,7 +136,7 @@ def run_pipeline(program: Program, passes: Sequence[Pass], check_inputs: Sequenc
     for one in passes:
         report = one.apply(state)
         if check_inputs is not None and before is not None:
-            after = run_in_float64(state.graph_module, *check_inputs)
+            after = run_in_float64(state.graph_module, *check_inputs, known=state.known)
             report.difference = relative_difference(after, before)
             if one.tolerance is not None and not report.difference <= one.tolerance:
                 raise CheckError(stage=one.name, difference=report.difference, limit=one.tolerance, before=before_it)

@@ -40,7 +40,7 @@ class QuantizeEmbeddings(Pass):
                 continue
             insert, size = Inserter(program.graph, self.name, node), table.meta["val"].shape[-1]
             with program.graph.inserting_before(node):
-                stored = insert_packed(insert, program, table, scheme, parameter, dim=-1)
+                stored = insert_packed(insert, table, scheme, parameter, dim=-1)
                 rows, scale, zero = (part and insert.call(aten.embedding.default, part, ids) for part in stored)
                 codes = insert.call(quarot.unpack.default, rows, scheme.bits, size, scheme.symmetric)
                 new = insert.call(quarot.dequantize.default, codes, scale, zero, table.meta["val"].dtype)

@@ -37,15 +37,15 @@ class QuantizeWeights(Pass):
             elif scheme.bits == UNQUANTIZED_BITS:
                 report.decline(linear.parameter, "w_bits=16 asks to leave it alone")
             elif dequantization_of(linear.weight) is None:
-                self._quantize(program, linear, scheme)
+                self._quantize(linear, scheme)
                 report.matched += 1
                 report.weights += 1
 
-    def _quantize(self, program: Program, linear: LinearLike, scheme: QuantScheme) -> None:
+    def _quantize(self, linear: LinearLike, scheme: QuantScheme) -> None:
         weight, node, dim = linear.weight, linear.node, linear.spelling.contracted
         insert = Inserter(node.graph, self.name, node)
         with node.graph.inserting_before(node):
-            packed, scale, zero = insert_packed(insert, program, weight, scheme, linear.parameter, dim)
+            packed, scale, zero = insert_packed(insert, weight, scheme, linear.parameter, dim)
             size = weight.meta["val"].shape[dim]
             codes = insert.call(quarot.unpack.default, packed, scheme.bits, size, scheme.symmetric)
             dense = insert.call(quarot.dequantize.default, codes, scale, zero, weight.meta["val"].dtype)

@@ -5,14 +5,11 @@ from __future__ import annotations
 import operator
 
 import torch
-from torch import Tensor, fx
+from torch import fx
 
-from quarot_fx.clip_search import quantize_weight
 from quarot_fx.config import QuantScheme
 from quarot_fx.errors import GroupSizeError
-from quarot_fx.float64 import evaluate
-from quarot_fx.graph import Inserter, argument_nodes
-from quarot_fx.program import Program
+from quarot_fx.graph import PART, Inserter, argument_nodes
 
 aten, quarot = torch.ops.aten, torch.ops.quarot
 
@@ -30,9 +27,9 @@ def insert_quantized(insert: Inserter, x: fx.Node, scheme: QuantScheme, dim: int
 
 
 def insert_packed(
-    insert: Inserter, program: Program, weight: fx.Node, scheme: QuantScheme, parameter: str, dim: int
+    insert: Inserter, weight: fx.Node, scheme: QuantScheme, parameter: str, dim: int
 ) -> tuple[fx.Node, fx.Node, fx.Node | None]:
-    """Quantise a constant along one of its last two axes and insert what is stored of it.
+    """Insert the quantisation of a constant along one of its last two axes; ``fold-constants`` will store its results.
 
     Returns:
         packed codes ``[..., rows, bytes]``, scales and zero points ``[..., rows, groups]`` (None if symmetric), with
@@ -44,20 +41,18 @@ def insert_packed(
     size = weight.meta["val"].shape[dim]
     if scheme.group is not None and size % scheme.group:
         raise GroupSizeError(option="w_group", group=scheme.group, size=size, where=parameter)
-    made: dict[str, Tensor] = {}
+    rows = weight if dim == -1 else insert.call(aten.transpose.int, weight, dim, -1)
+    clip = None if scheme.clip == "search" else float(scheme.clip)
+    parts = insert.call(quarot.quantize_weight.default, rows, scheme.bits, scheme.group, clip, scheme.symmetric)
 
-    def part(name: str) -> Tensor:
-        if not made:
-            codes, scale, zero = quantize_weight(evaluate(weight).movedim(dim, -1).float(), scheme)
-            made.update(codes=quarot.pack(codes, scheme.bits), scale=scale.float())
-            made.update({} if zero is None else {"zero": zero})
-        return made[name]
+    def part(index: int, name: str) -> fx.Node:
+        node = insert.call(operator.getitem, parts, index)
+        node.meta[PART] = name
+        return node
 
-    def stored(name: str) -> fx.Node:
-        tensor = program.constant(weight, f"{name} of {scheme} along {dim}", lambda: part(name))
-        return insert.constant(f"{parameter}.{name}", tensor, parameter)
-
-    return stored("codes"), stored("scale"), None if scheme.symmetric else stored("zero")
+    codes = insert.call(quarot.pack.default, part(0, "codes"), scheme.bits)
+    codes.meta[PART] = "codes"
+    return codes, part(1, "scale"), None if scheme.symmetric else part(2, "zero")
 
 
 def dequantization_of(node: fx.Node) -> fx.Node | None:

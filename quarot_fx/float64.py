@@ -6,6 +6,7 @@ from weights are evaluated the same way, and rounded once.
 
 from __future__ import annotations
 
+from collections.abc import Callable, MutableMapping
 from typing import Any
 
 import torch
@@ -15,6 +16,9 @@ from torch.fx.node import map_aggregate
 from quarot_fx.errors import NonFiniteWeightError
 from quarot_fx.graph import stored_tensor
 from quarot_fx.store import check_not_freed, expression
+
+Known = MutableMapping[fx.Node, Any]
+"""Results of the nodes that are too dear to compute more than once: those that quantise weights."""
 
 _WIDE = {
     **dict.fromkeys((torch.float16, torch.bfloat16, torch.float32), torch.float64),
@@ -32,6 +36,10 @@ def widen(value: Any) -> Any:
 class Float64Interpreter(fx.Interpreter):
     """Runs a graph module in float64, whatever its casts say."""
 
+    def __init__(self, module: fx.GraphModule, known: Known) -> None:
+        super().__init__(module)
+        self._known = known
+
     def call_function(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Call one operator with wide dtypes; factories that name no dtype are widened afterwards."""
         result = super().call_function(target, map_aggregate(args, widen), map_aggregate(kwargs, widen))
@@ -41,7 +49,7 @@ class Float64Interpreter(fx.Interpreter):
         """Run a node; a write to a stored tensor of the user's writes to nothing."""
         if n.target is torch.ops.aten.copy_.default and n.args[0].op == "get_attr":  # type: ignore[union-attr]
             return None
-        return super().run_node(n)
+        return _once(n, self._known, lambda: super(Float64Interpreter, self).run_node(n))
 
     def get_attr(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Read a stored tensor in float64."""
@@ -53,16 +61,24 @@ class Float64Interpreter(fx.Interpreter):
         return value.clone() if isinstance(value, torch.Tensor) else value
 
 
-def run_in_float64(module: fx.GraphModule, *inputs: Any) -> list[torch.Tensor]:
+def run_in_float64(module: fx.GraphModule, *inputs: Any, known: Known | None = None) -> list[torch.Tensor]:
     """Run a graph in float64 and return its tensor outputs, flattened. The inputs are left as they are."""
     with torch.no_grad():
-        result = Float64Interpreter(module).run(*inputs)
+        result = Float64Interpreter(module, {} if known is None else known).run(*inputs)
     outputs: list[torch.Tensor] = []
     map_aggregate(result, lambda v: outputs.append(v) if isinstance(v, torch.Tensor) else None)
     return outputs
 
 
-def evaluate(node: fx.Node) -> torch.Tensor:
+def _once(node: fx.Node, known: Known, compute: Callable[[], Any]) -> Any:
+    if node.target is not torch.ops.quarot.quantize_weight.default:
+        return compute()
+    if node not in known:
+        known[node] = compute()
+    return known[node]
+
+
+def evaluate(node: fx.Node, known: Known | None = None) -> torch.Tensor:
     """Return the value of a constant node in float64 (integers as they are).
 
     If a parameter that it depends on is on the meta device, so is the result, a contiguous tensor.
@@ -72,14 +88,16 @@ def evaluate(node: fx.Node) -> torch.Tensor:
         return torch.empty(val.shape, dtype=_WIDE.get(val.dtype, val.dtype), device="meta")
     values: dict[fx.Node, Any] = {}
 
+    def compute(current: fx.Node) -> Any:
+        if current.op == "get_attr":
+            return widen(_finite(current))
+        args, kwargs = fx.map_arg((current.args, current.kwargs), visit)
+        args, kwargs = map_aggregate((args, kwargs), widen)
+        return current.target(*args, **kwargs)  # type: ignore[operator]
+
     def visit(current: fx.Node) -> Any:
         if current not in values:
-            if current.op == "get_attr":
-                values[current] = widen(_finite(current))
-            else:
-                args, kwargs = fx.map_arg((current.args, current.kwargs), visit)
-                args, kwargs = map_aggregate((args, kwargs), widen)
-                values[current] = current.target(*args, **kwargs)  # type: ignore[operator]
+            values[current] = _once(current, {} if known is None else known, lambda: compute(current))
         return values[current]
 
     with torch.no_grad():

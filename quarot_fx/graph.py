@@ -17,6 +17,7 @@ from quarot_fx.meta import fake_on
 aten = torch.ops.aten
 PROVENANCE = ("nn_module_stack", "stack_trace", "source_fn_stack")
 PARAMETER = "parameter"  # node.meta[PARAMETER]: the name that a get_attr node's tensor has in the user's model
+PART = "quarot_part"  # node.meta[PART]: what of a parameter a constant node holds, such as "scale"
 AUTHOR = "quarot_pass"  # node.meta[AUTHOR]: the pass that inserted the node
 FROZEN = "quarot_frozen"  # node.meta[FROZEN]: why no edge to this node may be rewritten (it is mutated in place)
 

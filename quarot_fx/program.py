@@ -11,6 +11,7 @@ import torch
 from torch import fx
 from torch.fx._lazy_graph_module import _make_graph_module, _use_lazy_graph_module
 
+from quarot_fx.float64 import Known
 from quarot_fx.store import WeightStore, expression
 
 if TYPE_CHECKING:
@@ -32,6 +33,7 @@ class Program:
         reports: one per pass that ran.
         consumed: ``id`` of every parameter whose value went into a constant.
         original_bytes: of the parameters that the graph read when it was captured.
+        known: results of nodes that are computed once, until ``fold-constants`` stores what is made of them.
     """
 
     graph_module: fx.GraphModule
@@ -40,6 +42,7 @@ class Program:
     reports: list[PassReport] = field(default_factory=list)
     consumed: set[int] = field(default_factory=set)
     original_bytes: int = 0
+    known: Known = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if not self.original_bytes:

@@ -17,6 +17,7 @@ from graphs import (
 from quarot_fx.config import QuarotConfig
 from quarot_fx.errors import GroupSizeError, NonFiniteWeightError
 from quarot_fx.graph import stored_tensor
+from quarot_fx.passes.fold_constants import FoldConstants
 from quarot_fx.passes.quantize_weights import QuantizeWeights
 
 HEAD = "it is the output head: its result is the model's output; name it in overrides to quantise it"
@@ -33,9 +34,11 @@ def test_linears_become_codes_and_scales():
     assert (report.matched, report.weights, reasons(report)) == (7, 7, [HEAD])
     assert report.declined[0].where == "head.weight"
     check_code(result).check_count("quarot.unpack", 7, exactly=True).check("head_weight").run()
-    codes = node_named(result, "quarot.unpack.default").args[0]
-    assert stored_tensor(codes).dtype == torch.uint8
-    assert stored_tensor(codes).shape == (WIDTH, WIDTH // 2)  # two codes a byte
+    assert node_named(result, "quarot.unpack.default").args[0].target is torch.ops.quarot.pack.default
+    stored = node_named(FoldConstants()(result), "quarot.unpack.default").args[0]
+    assert stored.target == "block_query_weight_codes"
+    assert stored_tensor(stored).dtype == torch.uint8
+    assert stored_tensor(stored).shape == (WIDTH, WIDTH // 2)  # two codes a byte
 
 
 @pytest.mark.parametrize("symmetric", [True, False])
@@ -103,4 +106,4 @@ def test_weight_that_is_not_finite():
     with torch.no_grad():
         module.a.weight[0, :2] = torch.nan
     with pytest.raises(NonFiniteWeightError, match=r"parameter 'a.weight' has 2 element"):
-        QuantizeWeights()(program)
+        FoldConstants()(QuantizeWeights()(program))

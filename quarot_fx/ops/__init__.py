@@ -12,6 +12,7 @@ from quarot_fx.ops.project_out import project_out
 from quarot_fx.ops.quantize_activation import quantize_activation
 from quarot_fx.ops.quantize_asymmetric import quantize_asymmetric
 from quarot_fx.ops.quantize_symmetric import quantize_symmetric
+from quarot_fx.ops.quantize_weight import quantize_weight
 from quarot_fx.ops.rope_rotate import rope_rotate
 from quarot_fx.ops.rotate import rotate
 from quarot_fx.ops.rotate_quantize import rotate_quantize
@@ -33,6 +34,7 @@ __all__ = [
     "quantize_activation",
     "quantize_asymmetric",
     "quantize_symmetric",
+    "quantize_weight",
     "rope_rotate",
     "rotate",
     "rotate_quantize",

@@ -11,16 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from quarot_fx.config import QuantScheme
-from quarot_fx.ops import quantize_asymmetric, quantize_symmetric
-from quarot_fx.ops.affine import (
-    asymmetric_scale,
-    code_range,
-    encode,
-    group_count,
-    split_groups,
-    symmetric_scale,
-)
+from quarot_fx.ops.affine import asymmetric_scale, code_range, group_count, split_groups, symmetric_scale
 
 RATIOS = tuple(1 - step / 100 for step in range(80))
 ERROR_NORM = 2.4
@@ -28,35 +19,6 @@ ERROR_NORM = 2.4
 # are thirty times slower as soon as anything else runs on the machine, and the chunk stays in a core's cache.
 CPU_CHUNK = 2**15
 GPU_CHUNK = 2**24
-
-
-@torch.no_grad()
-def quantize_weight(weight: Tensor, scheme: QuantScheme) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Round a weight to codes, with the scheme's clip ratio or, for ``"search"``, the best of every group.
-
-    Args:
-        weight: [..., n], floating point.
-        scheme: bits, group, symmetry and clip.
-
-    Returns:
-        codes [..., n], scale [..., n / group] and, unless the scheme is symmetric, the zero point likewise.
-
-    Raises:
-        GroupSizeError: the group does not divide n.
-    """
-    bits, group = scheme.bits, scheme.group
-    if weight.is_meta:  # what the operators say of shapes is all that there is to know
-        quantize = quantize_symmetric if scheme.symmetric else quantize_asymmetric
-        codes, scale, *zeros = quantize(weight, bits, group)
-        return codes, scale, zeros[0] if zeros else None
-    searched = scheme.clip == "search"
-    clip = search_clip(weight, bits, group, scheme.symmetric) if searched else float(scheme.clip)
-    zero = None
-    if scheme.symmetric:
-        scale = symmetric_scale(weight, bits, group, clip)
-    else:
-        scale, zero = asymmetric_scale(weight, bits, group, clip)
-    return encode(weight, scale, zero, bits), scale, zero
 
 
 @torch.no_grad()

@@ -1,0 +1,66 @@
+"""``quarot::quantize_weight``: a weight as integer codes with scales, once; ``fold-constants`` stores the result."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from quarot_fx.ops.affine import asymmetric_scale, encode, symmetric_scale
+from quarot_fx.ops.clip_search import search_clip
+from quarot_fx.ops.declaration import OpDeclaration, declare
+from quarot_fx.ops.quantize_asymmetric import quantize_asymmetric
+from quarot_fx.ops.quantize_symmetric import quantize_symmetric
+
+Codes = tuple[Tensor, Tensor, Tensor]
+
+
+def _reference(weight: Tensor, bits: int, group: int | None, clip: float | None, symmetric: bool) -> Codes:
+    """Return codes [..., n], float32 scale and zero point [..., n / group] of a weight [..., n], rounded to nearest.
+
+    Codes are int8 with no zero points, an empty tensor, or uint8 with zero points in uint8. All is computed in float32.
+    ``clip=None`` finds the best ratio for every group.
+    """
+    weight = weight.detach().float()
+    ratio = search_clip(weight, bits, group, symmetric) if clip is None else clip
+    if symmetric:
+        scale, zero = symmetric_scale(weight, bits, group, ratio), None
+    else:
+        scale, zero = asymmetric_scale(weight, bits, group, ratio)
+    codes = encode(weight, scale, zero, bits)
+    return codes.contiguous(), scale.contiguous(), _no_zero(weight) if zero is None else zero.contiguous()
+
+
+def _no_zero(weight: Tensor) -> Tensor:
+    return weight.new_empty(0, dtype=torch.uint8)
+
+
+def _fake(weight: Tensor, bits: int, group: int | None, clip: float | None, symmetric: bool) -> Codes:
+    quantize = quantize_symmetric if symmetric else quantize_asymmetric
+    codes, scale, *zero = quantize(weight.float(), bits, group)
+    return codes, scale, zero[0] if zero else _no_zero(weight)
+
+
+def _inputs(generator: torch.Generator) -> Iterator[tuple[Any, ...]]:
+    weight = torch.randn(6, 48, generator=generator)
+    for symmetric in (True, False):
+        for bits, group, clip in ((4, None, None), (2, 16, None), (8, 48, 1.0), (3, 24, 0.9)):
+            yield weight, bits, group, clip, symmetric
+        yield weight.bfloat16(), 4, None, None, symmetric
+        yield torch.randn(2, 48, 5, generator=generator).mT, 4, 16, None, symmetric  # experts, transposed
+        yield torch.zeros(3, 16), 4, None, None, symmetric
+        yield weight[:0], 4, None, 1.0, symmetric
+
+
+quantize_weight = declare(
+    OpDeclaration(
+        schema="quantize_weight(Tensor weight, int bits, int? group, float? clip, bool symmetric)"
+        " -> (Tensor codes, Tensor scale, Tensor zero)",
+        reference=_reference,
+        fake=_fake,
+        inputs=_inputs,
+        tolerance={torch.float32: 1e-6},
+    )
+)
