@@ -32,17 +32,21 @@ class Choice:
 
 
 def choose_provider(declaration: OpDeclaration, arguments: Sequence[Any]) -> Choice:
-    """Return the first provider that takes the arguments, nodes among them standing for their fake values."""
+    """Return the first provider that takes the arguments, fake values among them."""
     for package in PACKAGES:
         import_module(package)
-    values = map_aggregate(tuple(arguments), lambda a: value(a) if isinstance(a, fx.Node) else a)
     reasons = []
     for name, provider in declaration.providers.items():
-        reason = provider.reason_against(*values)
+        reason = provider.reason_against(*arguments)
         if reason is None:
             return Choice(name, provider, "")
         reasons.append(f"{name}: {reason}")
     return Choice(None, None, "; ".join(reasons) or f"no provider implements quarot::{declaration.name}")
+
+
+def fake_arguments(arguments: Sequence[Any]) -> tuple[Any, ...]:
+    """Return a node's arguments with the fake values of the nodes among them."""
+    return map_aggregate(tuple(arguments), value)
 
 
 def declaration_of(node: fx.Node) -> OpDeclaration | None:

@@ -7,7 +7,7 @@ from torch import fx
 
 from quarot_fx.config import QuarotConfig
 from quarot_fx.graph import Inserter, module_path
-from quarot_fx.lowering.providers import choose_provider
+from quarot_fx.lowering.providers import choose_provider, fake_arguments
 from quarot_fx.ops import DECLARATIONS
 from quarot_fx.report import PassReport
 
@@ -27,7 +27,7 @@ def insert_fused(
         return None
     if config.kernels == "auto":
         name = str(op).removeprefix("quarot.").removesuffix(".default")
-        choice = choose_provider(DECLARATIONS[name], args)
+        choice = choose_provider(DECLARATIONS[name], fake_arguments(args))
         if choice.name is None:
             report.decline(module_path(insert.like), choice.reason)
             return None

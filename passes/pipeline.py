@@ -16,6 +16,9 @@ from quarot_fx.passes.fold_biases import FoldBiases
 from quarot_fx.passes.fold_constants import FoldConstants
 from quarot_fx.passes.fold_gains import FoldGains
 from quarot_fx.passes.fold_means import FoldMeans
+from quarot_fx.passes.fuse_int_linears import FuseIntLinears
+from quarot_fx.passes.lower_ops import LowerOps
+from quarot_fx.passes.merge_int_linears import MergeIntLinears
 from quarot_fx.passes.place_rotations import PlaceRotations
 from quarot_fx.passes.quantize_activations import QuantizeActivations
 from quarot_fx.passes.quantize_caches import QuantizeCaches
@@ -42,6 +45,9 @@ DEFAULT_ORDER: tuple[type[Pass], ...] = (
     QuantizeEmbeddings,
     QuantizeActivations,
     QuantizeCaches,
+    FuseIntLinears,
+    MergeIntLinears,
+    LowerOps,
     FoldConstants,
 )
 PASSES: dict[str, type[Pass]] = {pass_name(cls): cls for cls in DEFAULT_ORDER}

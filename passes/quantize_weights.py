@@ -11,7 +11,7 @@ from quarot_fx.config import UNQUANTIZED_BITS, QuantScheme
 from quarot_fx.graph import Inserter, replace_arguments
 from quarot_fx.linear_like import LinearLike, linear_likes
 from quarot_fx.passes.base import Pass
-from quarot_fx.passes.quantized import dequantization_of, insert_packed
+from quarot_fx.passes.quantized import insert_packed, quantized_weight
 from quarot_fx.program import Program
 from quarot_fx.report import PassReport
 from quarot_fx.roles import Roles
@@ -36,7 +36,7 @@ class QuantizeWeights(Pass):
                 report.decline(linear.parameter, why)
             elif scheme.bits == UNQUANTIZED_BITS:
                 report.decline(linear.parameter, "w_bits=16 asks to leave it alone")
-            elif dequantization_of(linear.weight) is None:
+            elif quantized_weight(linear.weight) is None:
                 self._quantize(linear, scheme)
                 report.matched += 1
                 report.weights += 1

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import operator
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import fx
@@ -10,8 +12,10 @@ from torch import fx
 from quarot_fx.config import QuantScheme
 from quarot_fx.errors import GroupSizeError
 from quarot_fx.graph import PART, Inserter, argument_nodes
+from quarot_fx.ops import quantize_asymmetric, quantize_symmetric
 
 aten, quarot = torch.ops.aten, torch.ops.quarot
+QUANTIZE = {True: quantize_symmetric, False: quantize_asymmetric}  # by symmetry
 
 
 def insert_quantized(insert: Inserter, x: fx.Node, scheme: QuantScheme, dim: int = -1) -> fx.Node:
@@ -19,8 +23,7 @@ def insert_quantized(insert: Inserter, x: fx.Node, scheme: QuantScheme, dim: int
     if dim != -1:
         last = insert.call(aten.transpose.int, x, dim, -1)
         return insert.call(aten.transpose.int, insert_quantized(insert, last, scheme), dim, -1)
-    quantize = quarot.quantize_symmetric.default if scheme.symmetric else quarot.quantize_asymmetric.default
-    parts = insert.call(quantize, x, scheme.bits, scheme.group, scheme.clip)
+    parts = insert.call(QUANTIZE[scheme.symmetric], x, scheme.bits, scheme.group, scheme.clip)
     codes, scale = insert.call(operator.getitem, parts, 0), insert.call(operator.getitem, parts, 1)
     zero = None if scheme.symmetric else insert.call(operator.getitem, parts, 2)
     return insert.call(quarot.dequantize.default, codes, scale, zero, x.meta["val"].dtype)
@@ -55,9 +58,65 @@ def insert_packed(
     return codes, part(1, "scale"), None if scheme.symmetric else part(2, "zero")
 
 
-def dequantization_of(node: fx.Node) -> fx.Node | None:
-    """Return what made a node's value of codes, or None if it was not. Quantised over an axis that is not the last
-    one, a tensor is transposed for that, and back.
+@dataclass(frozen=True)
+class QuantizedActivation:
+    """A tensor that is quantised and dequantised at run time.
+
+    Attributes:
+        dequantized: the result.
+        source: what is quantised, along its last axis.
+        scheme: how.
+    """
+
+    dequantized: fx.Node
+    source: fx.Node
+    scheme: QuantScheme
+
+
+@dataclass(frozen=True)
+class QuantizedWeight:
+    """A constant that is stored as codes.
+
+    Attributes:
+        codes: int8, or uint8 where there is a zero point; [..., rows, n].
+        scale, zero: [..., rows, groups]; no zero point if codes are symmetric.
+        bits: of a code.
+    """
+
+    codes: fx.Node
+    scale: fx.Node
+    zero: fx.Node | None
+    bits: int
+
+
+def quantized_activation(node: fx.Node) -> QuantizedActivation | None:
+    """Return how a node's value was quantised at run time, or ``None`` if it was not."""
+    dequantized = _dequantization_of(node)
+    made = argument_nodes(argument_nodes(dequantized)[0])[:1] if dequantized is not None else []
+    if dequantized is None or not made or made[0].target not in QUANTIZE.values():
+        return None
+    x, bits, group, clip = made[0].args
+    scheme = QuantScheme(bits, group, made[0].target is QUANTIZE[True], clip)  # type: ignore[arg-type]
+    return QuantizedActivation(dequantized, x, scheme)  # type: ignore[arg-type]
+
+
+def quantized_weight(node: fx.Node) -> QuantizedWeight | None:
+    """Return the codes that a node's value was made of, or ``None`` if it is not stored as codes."""
+    dequantized = _dequantization_of(node)
+    if dequantized is None:
+        return None
+    unpacked: Any
+    unpacked, scale, zero, _ = dequantized.args
+    if unpacked.target is not quarot.unpack.default:
+        return None
+    packed, bits, *_ = unpacked.args
+    codes = packed.args[0] if packed.target is quarot.pack.default else unpacked
+    return QuantizedWeight(codes, scale, zero, bits)  # type: ignore[arg-type]
+
+
+def _dequantization_of(node: fx.Node) -> fx.Node | None:
+    """Return what made a node's value of codes. Quantised over an axis that is not the last one, a tensor is transposed
+    for that, and back.
     """
     made = argument_nodes(node)[0] if str(node.target) == "aten.transpose.int" else node
     return made if made.target is quarot.dequantize.default else None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import fx
@@ -11,8 +11,8 @@ from quarot_fx.attention import before_repetition, reads_of_keys_and_values
 from quarot_fx.basis.plan import Site
 from quarot_fx.config import UNQUANTIZED_BITS, QuarotConfig
 from quarot_fx.graph import PARAMETER, Constants, argument_nodes, is_float, is_tensor, module_path, stored_tensor
-from quarot_fx.linear_like import linear_likes
-from quarot_fx.passes.quantized import dequantization_of
+from quarot_fx.linear_like import LAYERS, Layer, linear_likes
+from quarot_fx.passes.quantized import quantized_activation, quantized_weight
 from quarot_fx.program import Program
 from quarot_fx.report import CacheRecord, LinearRecord, OtherWeight, Report
 from quarot_fx.roles import Roles
@@ -23,24 +23,34 @@ def cover(program: Program) -> Report:
     sites = {(site.kind, site.node): site for site in (program.plan.sites if program.plan else ())}
     declined = {d.where: d.reason for report in program.reports for d in report.declined}
     none = Site("", "", "", "no", "rotations were not placed")
-    roles = Roles(program.graph, QuarotConfig())
-    layers = list(linear_likes(program.graph))
     linears = []
-    for linear in layers:
-        site = sites.get(("linear", linear.node.name), none)
-        w_bits, a_bits = _weight_bits(linear.weight), _activation_bits(linear.x)
-        is_left = w_bits == a_bits == UNQUANTIZED_BITS
-        reason = declined.get(linear.parameter, site.why) if is_left else site.why
-        role = roles.role(linear)
-        linears.append(LinearRecord(linear.parameter, w_bits, a_bits, site.rotated, reason, role))
+    layers = dict(_layers(program.graph))
+    for layer in (layer for found in layers.values() for layer in found):
+        site = sites.get(("linear", layer.node), none)
+        is_left = layer.w_bits == layer.a_bits == UNQUANTIZED_BITS
+        reason = declined.get(layer.parameter, site.why) if is_left else site.why
+        linears.append(LinearRecord(layer.parameter, layer.w_bits, layer.a_bits, site.rotated, reason, layer.role))
     caches = []
     for read in reads_of_keys_and_values(program.graph):
         site = sites.get((read.kind, read.user.name), none)
         user, place = before_repetition(read)
         bits = _activation_bits(argument_nodes(user)[place])
         caches.append(CacheRecord(module_path(read.user), read.kind, bits, site.rotated, site.why))
-    others = list(_other_weights(program.graph, {linear.node for linear in layers}))
+    others = list(_other_weights(program.graph, set(layers)))
     return Report(list(program.reports), program.plan, linears, caches, others, weight_bytes(program))
+
+
+def _layers(graph: fx.Graph) -> Iterator[tuple[fx.Node, Sequence[Layer]]]:
+    """Yield every product that is a linear layer, or several, in order."""
+    roles = Roles(graph, QuarotConfig())
+    linears = {linear.node: linear for linear in linear_likes(graph)}
+    for node in graph.nodes:
+        if LAYERS in node.meta:
+            yield node, node.meta[LAYERS]
+        elif node in linears:
+            linear, weight = linears[node], quantized_weight(linears[node].weight)
+            w_bits = weight.bits if weight else UNQUANTIZED_BITS
+            yield node, [Layer(node.name, linear.parameter, w_bits, _activation_bits(linear.x), roles.role(linear))]
 
 
 def _other_weights(graph: fx.Graph, layers: set[fx.Node]) -> Iterator[OtherWeight]:
@@ -72,14 +82,6 @@ def _stored(graph: fx.Graph) -> Iterator[torch.Tensor]:
             yield stored_tensor(node)
 
 
-def _weight_bits(weight: fx.Node) -> int:
-    made = dequantization_of(weight)
-    return UNQUANTIZED_BITS if made is None else argument_nodes(made)[0].args[1]  # type: ignore[return-value]
-
-
 def _activation_bits(x: fx.Node) -> int:
-    made = dequantization_of(x)
-    if made is None:
-        return UNQUANTIZED_BITS
-    codes = argument_nodes(made)[0]
-    return argument_nodes(codes)[0].args[1]  # type: ignore[return-value]
+    quantized = quantized_activation(x)
+    return quantized.scheme.bits if quantized else UNQUANTIZED_BITS

@@ -37,6 +37,26 @@ SPELLINGS: dict[str, Spelling] = {
     "transformers.grouped_mm_fallback.default": PRODUCT,
 }
 
+LAYERS = "quarot_layers"  # node.meta[LAYERS]: every Layer that a product of codes stands for
+
+
+@dataclass(frozen=True)
+class Layer:
+    """What is to be remembered of a linear layer when its node is gone.
+
+    Attributes:
+        node: name of the product that it was, as the rotation plan knows it.
+        parameter: the weight's name in the user's model.
+        w_bits, a_bits: bits of the weight and of the activation that enters it.
+        role: ``"head"`` or ``"router"``, or nothing.
+    """
+
+    node: str
+    parameter: str
+    w_bits: int
+    a_bits: int
+    role: str
+
 
 @dataclass(frozen=True)
 class LinearLike:

@@ -15,6 +15,7 @@ import torch
 
 LIBRARY = torch.library.Library("quarot", "DEF")
 DECLARATIONS: dict[str, OpDeclaration] = {}
+_PROVIDER_LIBRARIES: dict[str, torch.library.Library] = {}  # by namespace; registrations live as long as these
 HALF_TOLERANCE = {torch.float16: 2.0**-10, torch.bfloat16: 2.0**-7}  # one unit in the last place
 
 
@@ -26,10 +27,13 @@ class Provider:
         reason_against: takes the op's arguments, fake tensors too, and says why the provider cannot run them; ``None``
             if it can.
         implementation: takes the op's arguments and returns what the reference does, within the op's tolerance.
+        prepare: takes the op's arguments, fake tensors, and makes what every run needs besides them, before any run:
+            nothing that outlives a run may be made while a CUDA graph is recorded.
     """
 
     reason_against: Callable[..., str | None]
     implementation: Callable[..., Any]
+    prepare: Callable[..., None] | None = None
 
 
 @dataclass(frozen=True)
@@ -66,11 +70,26 @@ class OpDeclaration:
         """The callable to insert into a graph."""
         return getattr(torch.ops.quarot, self.name).default
 
+    def overload_of(self, provider: str) -> torch._ops.OpOverload:
+        """The callable ``torch.ops.quarot_<provider>.<name>``, which one provider runs, whatever its arguments are."""
+        namespace = f"quarot_{provider}"
+        if not hasattr(getattr(torch.ops, namespace), self.name):
+            library = _PROVIDER_LIBRARIES.setdefault(namespace, torch.library.Library(namespace, "FRAGMENT"))
+            _register(library, self.schema, self.providers[provider].implementation, self.fake)
+        return getattr(getattr(torch.ops, namespace), self.name).default
+
 
 def declare(declaration: OpDeclaration) -> torch._ops.OpOverload:
     """Register an op with torch and return the overload that graphs call."""
-    LIBRARY.define(declaration.schema, tags=(torch.Tag.pt2_compliant_tag,))
-    LIBRARY.impl(declaration.name, declaration.reference, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"quarot::{declaration.name}", declaration.fake, lib=LIBRARY)
+    _register(LIBRARY, declaration.schema, declaration.reference, declaration.fake)
     DECLARATIONS[declaration.name] = declaration
     return declaration.overload
+
+
+def _register(
+    library: torch.library.Library, schema: str, implementation: Callable[..., Any], fake: Callable[..., Any]
+) -> None:
+    name = schema.partition("(")[0]
+    library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+    library.impl(name, implementation, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"{library.ns}::{name}", fake, lib=library)
