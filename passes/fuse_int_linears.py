@@ -122,13 +122,16 @@ def _pack(
 
 def _sums(insert: Inserter, weight: QuantizedWeight, x: QuantizedActivation) -> fx.Node:
     """Insert the sums of codes less zero points over the groups that are one for both operands."""
-    scale = weight.scale.meta["val"]
+    rows, of_weight = weight.scale.meta["val"].shape
     size = weight.codes.meta["val"].shape[-1]
-    groups = max(scale.shape[-1], 1 if x.scheme.group is None else size // x.scheme.group)
-    ones = insert.call(aten.ones_like.default, weight.scale)
-    centred = insert.call(quarot.dequantize.default, weight.codes, ones, weight.zero, torch.float32)
-    grouped = insert.call(aten.reshape.default, centred, [scale.shape[0], groups, size // groups])
-    return insert.call(aten.to.dtype, insert.call(aten.sum.dim_IntList, grouped, [-1]), torch.int32)
+    groups = max(of_weight, 1 if x.scheme.group is None else size // x.scheme.group)
+    codes = insert.call(aten.to.dtype, weight.codes, torch.int32)
+    if weight.zero is not None:
+        codes = insert.call(aten.reshape.default, codes, [rows, of_weight, size // of_weight])
+        zero = insert.call(aten.to.dtype, weight.zero, torch.int32)
+        codes = insert.call(aten.sub.Tensor, codes, insert.call(aten.unsqueeze.default, zero, -1))
+    codes = insert.call(aten.reshape.default, codes, [rows, groups, size // groups])
+    return insert.call(aten.to.dtype, insert.call(aten.sum.dim_IntList, codes, [-1]), torch.int32)
 
 
 def _named(node: fx.Node, part: str) -> fx.Node:

@@ -44,9 +44,7 @@ class MergeIntLinears(Pass):
                     self._merge(same)
                     report.matched += 1
                 elif len(nodes) > 1:
-                    report.decline(
-                        module_path(same[0]), "no other weight of its activation is stored as its own"
-                    )
+                    report.decline(module_path(same[0]), "no other weight of its activation is stored as its own")
 
     def _merge(self, nodes: list[fx.Node]) -> None:
         first = nodes[0]

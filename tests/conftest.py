@@ -11,6 +11,13 @@ if not torch.cuda.is_available():  # kernels then run in Triton's interpreter, w
 from torch._dynamo.utils import counters
 
 
+@pytest.fixture(autouse=True)
+def no_interpreter(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let only the tests that are about kernels, marked so, have graphs lowered to interpreted ones: they are slow."""
+    if request.node.get_closest_marker("kernels") is None:
+        monkeypatch.setattr("quarot_fx.lowering.triton.support.runs_interpreted", lambda: False)
+
+
 @pytest.fixture
 def graphs():
     """Count the graphs that are compiled from here on, in a Dynamo that remembers none: ``graphs()``."""

@@ -17,6 +17,7 @@ from quarot_fx.lowering import triton as kernels  # registers the provider
 from quarot_fx.lowering.triton import tiles
 from quarot_fx.lowering.triton.device import Device
 
+pytestmark = pytest.mark.kernels
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 INTEGERS = (torch.int8, torch.uint8, torch.int32, torch.float8_e4m3fn)
 OPS = sorted(kernels.REASONS)

@@ -1,0 +1,53 @@
+import pytest
+import torch
+from graphs import Lambda, apply, captured, linear, reasons, rewritten, targets, tokens
+from torch.testing import assert_close
+
+from quarot_fx.config import QuarotConfig
+from quarot_fx.passes.fuse_int_linears import FuseIntLinears
+from quarot_fx.passes.lower_ops import LowerOps
+from quarot_fx.passes.quantize_activations import QuantizeActivations
+from quarot_fx.passes.quantize_weights import QuantizeWeights
+
+INT_LINEAR, QUANTIZE = "quarot_triton.int_linear.default", "quarot_triton.quantize_activation.default"
+
+
+def fused():
+    config = QuarotConfig(kernels="reference")
+    module = Lambda(lambda m, x: torch.ops.quarot.mean_square(m.a(x)), a=linear(12))
+    return rewritten(
+        captured(module, tokens()), QuantizeWeights(config), QuantizeActivations(config), FuseIntLinears(config)
+    )
+
+
+@pytest.mark.kernels
+def test_ops_are_given_to_the_provider_that_takes_them():
+    pytest.importorskip("triton")
+    program = fused()
+    result, report = apply(LowerOps(), program, tokens())
+    assert report.matched == 2
+    assert reasons(report) == ["quarot::mean_square runs as its reference: no provider implements quarot::mean_square"]
+    called = [str(node.target) for node in result.graph.nodes]
+    assert (INT_LINEAR in called, QUANTIZE in called) == (True, True)
+    assert "quarot.pack_weight.default" in called  # computed once, by its reference
+    assert_close(result.graph_module(tokens()), program.graph_module(tokens()), rtol=1e-5, atol=1e-5)
+
+
+def test_ops_that_no_provider_takes_are_named_with_the_reason():
+    program = fused()
+    result, report = apply(LowerOps(), program, tokens())
+    assert (report.matched, targets(result)) == (0, targets(program))
+    reason = "runs as its reference: triton: Triton's kernels run on NVIDIA GPUs, not on cpu"
+    assert reasons(report)[:2] == [f"quarot::quantize_activation {reason}", f"quarot::int_linear {reason}"]
+
+
+def test_a_call_by_keyword_is_named():
+    def forward(m, x):
+        return torch.ops.quarot.rotate(m.a(x), rotation="hadamard-12")
+
+    program = captured(Lambda(forward, a=linear(12)), tokens())
+    for node in program.graph.nodes:
+        if str(node.target) == "quarot.rotate.default":
+            node.args, node.kwargs = node.args[:1], {"rotation": "hadamard-12"}
+    _, report = apply(LowerOps(), program, tokens())
+    assert reasons(report) == ["quarot::rotate runs as its reference: it is called with keyword arguments"]
