@@ -7,6 +7,7 @@ Importing this package imports neither Triton nor CUDA: ``<op>.py`` is imported 
 ``int_matmul``    the matrix product for any number of tokens
 ``language``      device functions that kernels share
 ``device``        what a device can do
+``rows``          where the rows of an activation are
 ``rotation_matrices``  a Hadamard transform as products with two small matrices
 ``tiles``         launch parameters, from measured tables
 ``support``       which arguments each op's kernels take

@@ -146,7 +146,13 @@ def keep(x):
 def activate(x, NAME: tl.constexpr):
     """Apply an activation of ``quarot_fx.ops.rotate_quantize.ACTIVATIONS`` to float32."""
     tl.static_assert(
-        NAME == "silu" or NAME == "sigmoid" or NAME == "relu" or NAME == "gelu" or NAME == "gelu_tanh",
+        NAME == "silu"
+        or NAME == "sigmoid"
+        or NAME == "relu"
+        or NAME == "relu_squared"
+        or NAME == "gelu"
+        or NAME == "gelu_tanh"
+        or NAME == "identity",
         "a kernel lacks this activation",
     )
     if NAME == "silu":
@@ -155,6 +161,10 @@ def activate(x, NAME: tl.constexpr):
         y = _quotient(1.0, 1 + tl.exp(-x))
     elif NAME == "relu":
         y = tl.maximum(x, 0.0)
+    elif NAME == "relu_squared":
+        y = tl.maximum(x, 0.0) * tl.maximum(x, 0.0)
+    elif NAME == "identity":
+        y = x
     elif NAME == "gelu":
         y = 0.5 * x * (1 + tl.math.erf(x * 0.7071067811865476))
     else:

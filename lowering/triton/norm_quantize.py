@@ -10,6 +10,7 @@ from torch import Tensor
 from quarot_fx.lowering.triton.device import describe
 from quarot_fx.lowering.triton.language import let_dependents_start, round_to, store_quantized, wait_for_inputs
 from quarot_fx.lowering.triton.quantize_activation import warps_for
+from quarot_fx.lowering.triton.rows import rows_of
 from quarot_fx.ops.quantize_activation import fake_operand
 
 
@@ -24,6 +25,8 @@ def _norm_quantize(
     scale,
     zero,
     sums,
+    stride_x,
+    stride_addend,
     groups,
     group,
     eps,
@@ -42,10 +45,10 @@ def _norm_quantize(
     at = row.to(tl.int64) * size + column
     wait_for_inputs(EARLY)
     let_dependents_start(EARLY)
-    values = tl.load(x + at, mask=mask, other=0)
+    values = tl.load(x + row.to(tl.int64) * stride_x + column, mask=mask, other=0)
     if addend is not None:
-        added = values.to(tl.float32) + tl.load(addend + at, mask=mask, other=0).to(tl.float32)
-        values = round_to(added, values.dtype)
+        addends = tl.load(addend + row.to(tl.int64) * stride_addend + column, mask=mask, other=0)
+        values = round_to(values.to(tl.float32) + addends.to(tl.float32), values.dtype)
         tl.store(stream + at, values, mask=mask)
     values = values.to(tl.float32)
     if direction is not None:
@@ -79,10 +82,12 @@ def norm_quantize(
         size, groups = x.shape[-1], scale.shape[-1]
         blocks = triton.next_power_of_2(groups), triton.next_power_of_2(size // groups)
         early = describe(x.device).starts_early
-        operands = (None if operand is None else operand.contiguous() for operand in (addend, direction, gain))
+        x, stride_x = rows_of(x)
+        addend, stride_addend = (None, 0) if addend is None else rows_of(addend)
+        direction, gain = (None if vector is None else vector.contiguous() for vector in (direction, gain))
         _norm_quantize[(x.numel() // size,)](
-            x.contiguous(), *operands, stream, codes, scale, None if symmetric else zero, sums,
-            groups, size // groups, eps, clip,
+            x, addend, direction, gain, stream, codes, scale, None if symmetric else zero, sums,
+            stride_x, stride_addend, groups, size // groups, eps, clip,
             BITS=bits, GROUPS=blocks[0], GROUP=blocks[1], EARLY=early,
             num_warps=warps_for(blocks[0] * blocks[1]), launch_pdl=early,
         )  # fmt: skip

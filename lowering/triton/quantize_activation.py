@@ -9,6 +9,7 @@ from torch import Tensor
 
 from quarot_fx.lowering.triton.device import describe
 from quarot_fx.lowering.triton.language import let_dependents_start, store_quantized, wait_for_inputs
+from quarot_fx.lowering.triton.rows import rows_of
 from quarot_fx.ops.quantize_activation import fake_operand
 
 
@@ -19,6 +20,7 @@ def _quantize_activation(
     scale,
     zero,
     sums,
+    stride,
     groups,
     group,
     clip,
@@ -31,10 +33,11 @@ def _quantize_activation(
     row = tl.program_id(0)
     which, place = tl.arange(0, GROUPS), tl.arange(0, GROUP)[None, None, :]
     mask = (which < groups)[:, None, None] & (place < group)
-    at = row.to(tl.int64) * (groups * group) + which[:, None, None] * group + place
+    column = which[:, None, None] * group + place
     wait_for_inputs(EARLY)
     let_dependents_start(EARLY)
-    values = tl.load(x + at, mask=mask, other=0).to(tl.float32)
+    values = tl.load(x + row.to(tl.int64) * stride + column, mask=mask, other=0).to(tl.float32)
+    at = row.to(tl.int64) * (groups * group) + column
     store_quantized(
         values, codes + at, mask, scale, zero, sums, row * groups + which, which < groups, group, clip, BITS
     )
@@ -50,8 +53,9 @@ def quantize_activation(
         size, groups = x.shape[-1], scale.shape[-1]
         blocks = triton.next_power_of_2(groups), triton.next_power_of_2(size // groups)
         early = describe(x.device).starts_early
+        x, stride = rows_of(x)
         _quantize_activation[(x.numel() // size,)](
-            x.contiguous(), codes, scale, None if symmetric else zero, sums, groups, size // groups, clip,
+            x, codes, scale, None if symmetric else zero, sums, stride, groups, size // groups, clip,
             BITS=bits, GROUPS=blocks[0], GROUP=blocks[1], EARLY=early,
             num_warps=warps_for(blocks[0] * blocks[1]), launch_pdl=early,
         )  # fmt: skip

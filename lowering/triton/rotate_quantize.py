@@ -1,4 +1,4 @@
-"""A gated activation, a Hadamard transform and quantisation in one pass: a row stays in registers from load to store.
+"""An activation, a Hadamard transform and quantisation in one pass: a row stays in registers from load to store.
 
 The transform is up to three products with small matrices on tensor cores (see ``rotation_matrices``). The first has
 exact operands. What goes from one to the next is rounded to bfloat16 where the activation is, to tf32 where it is
@@ -24,6 +24,7 @@ from quarot_fx.lowering.triton.language import (
     wait_for_inputs,
 )
 from quarot_fx.lowering.triton.rotation_matrices import matrices, split
+from quarot_fx.lowering.triton.rows import rows_of
 from quarot_fx.ops.quantize_activation import fake_operand
 from quarot_fx.rotation import Rotation
 
@@ -49,6 +50,8 @@ def _rotate_quantize(
     zero,
     sums,
     rows,
+    stride_x,
+    stride_gate,
     norm,
     clip,
     A: tl.constexpr,
@@ -84,13 +87,14 @@ def _rotate_quantize(
         group = tl.full((1,), row, tl.int32)
         is_row = group < rows  # a block, not a scalar: the interpreter would make the mask integers
         mask = in_row & is_row[:, None]
-        at = row.to(tl.int64) * (A * B * C) + place
-        values = tl.load(x + at, mask=mask, other=0)
+        values = tl.load(x + row.to(tl.int64) * stride_x + place, mask=mask, other=0)
         if gate is not None:
-            gates = tl.load(gate + at, mask=mask, other=0).to(tl.float32)
+            gates = tl.load(gate + row.to(tl.int64) * stride_gate + place, mask=mask, other=0).to(tl.float32)
             values = round_to(activate(gates, ACTIVATION) * values.to(tl.float32), dtype)
-            if dtype != tl.float32:
-                values = keep(values)
+        elif ACTIVATION != "identity":
+            values = round_to(activate(values.to(tl.float32), ACTIVATION), dtype)
+        if (gate is not None or ACTIVATION != "identity") and dtype != tl.float32:
+            values = keep(values)
         if right is not None:
             values = dot(values, right_matrix, PRECISION)
         if left is not None:
@@ -101,7 +105,7 @@ def _rotate_quantize(
             matrix = tl.broadcast_to(middle_matrix.to(values.dtype)[None, :, :], (BLOCK_A, BLOCK_B, BLOCK_B))
             values = dot(matrix, values, PRECISION)
         values = tl.reshape(values.to(tl.float32) * norm, (1, BLOCK_A * BLOCK_B, BLOCK_C))
-        codes_at = (codes + at)[None, :, :]
+        codes_at = (codes + row.to(tl.int64) * (A * B * C) + place)[None, :, :]
         store_quantized(values, codes_at, mask[None, :, :], scale, zero, sums, group, is_row, A * B * C, clip, BITS)
 
 
@@ -128,9 +132,11 @@ def rotate_quantize(
         launch = dict(tiles.nearest("rotate_quantize", x.device, tokens=rows, elements=cut.elements))
         if cut.shared_bytes(x.dtype, launch["num_stages"]) > device.shared_bytes:
             launch["num_stages"] = 1
+        x, stride_x = rows_of(x)
+        gate, stride_gate = (None, 0) if gate is None else rows_of(gate)
         _rotate_quantize[(triton.cdiv(rows, launch["ROWS"]),)](
-            x.contiguous(), None if gate is None else gate.contiguous(), *matrices(cut, x.device, x.dtype),
-            codes, scale, None if symmetric else zero, sums, rows, cut.norm, clip,
+            x, gate, *matrices(cut, x.device, x.dtype),
+            codes, scale, None if symmetric else zero, sums, rows, stride_x, stride_gate, cut.norm, clip,
             A=a, B=b, C=c, BLOCK_A=blocks[0], BLOCK_B=blocks[1], BLOCK_C=blocks[2],
             ACTIVATION=activation, PRECISION=PRECISIONS[x.dtype], BITS=bits,
             EARLY=device.starts_early, launch_pdl=device.starts_early, **launch,

@@ -75,6 +75,6 @@ def _kernels(width: int, rows: int) -> dict[str, tuple[Callable[[Tensor], Any], 
         return rope_rotate(x, angles, angles, f"hadamard-{HEAD}")
 
     def across_heads(pair: Tensor) -> Any:
-        return rotate_quantize(pair[0], None, "", f"hadamard-{heads}", HEAD, *SCHEME)
+        return rotate_quantize(pair[0], None, "identity", f"hadamard-{heads}", HEAD, *SCHEME)
 
     return kernels | {"Hadamard across heads, quantise": (across_heads, 3), "RoPE, Hadamard": (rope, 4)}

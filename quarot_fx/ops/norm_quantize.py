@@ -59,6 +59,10 @@ def _inputs(generator: torch.Generator) -> Iterator[tuple[Any, ...]]:
             yield x, None, None, None, 1e-6, 4, None, 0.9, True, int8
             yield x, addend, None, gain, 1e-5, 4, n // 4, 1.0, False, int8
             yield x, addend, direction, None, 1e-5, 4, None, 0.9, True, float8
+    x = torch.randn(2, 3, 96, generator=generator).bfloat16()
+    # Rows that are parts of longer ones, and rows that no one stride leads through.
+    yield x[..., :48], x[..., 48:], None, None, 1e-6, 4, None, 0.9, True, int8
+    yield x[:, :2], x.transpose(0, 1)[:2], None, None, 1e-6, 4, None, 0.9, True, int8
     yield torch.zeros(3, 48), None, None, None, 1e-6, 4, None, 0.9, True, int8
     yield torch.randn(1, 48, generator=generator) * 1e15, None, None, None, 1e-6, 8, None, 1.0, False, int8
     yield torch.zeros(0, 48), None, None, None, 1e-6, 4, None, 0.9, True, int8

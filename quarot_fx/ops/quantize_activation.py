@@ -69,6 +69,8 @@ def _inputs(generator: torch.Generator) -> Iterator[tuple[Any, ...]]:
             yield x.to(dtype), 4, None, 0.9, symmetric, float8
         yield x * (torch.arange(48) >= 24), 4, 24, 1.0, symmetric, float8  # a group of zeros
         yield x.masked_fill(x > 2, torch.inf), 4, 12, 1.0, symmetric, int8
+        yield x[..., 16:], 4, 16, 1.0, symmetric, int8  # parts of longer rows
+        yield x[:, 1:], 4, None, 1.0, symmetric, int8  # rows that no one stride leads through
         yield x.transpose(0, 2), 4, None, 1.0, symmetric, int8
         yield x[:0], 4, None, 1.0, symmetric, int8
     yield torch.arange(-14, 15).to(torch.bfloat16), 4, None, 1.0, True, int8  # every second quotient is a tie

@@ -1,4 +1,4 @@
-"""``quarot::rotate_quantize``: a gated activation, a change of basis, and the way into a linear layer."""
+"""``quarot::rotate_quantize``: an activation, gated or alone, a change of basis, and the way into a linear layer."""
 
 from __future__ import annotations
 
@@ -16,10 +16,21 @@ from quarot_fx.ops.quantize_activation import Operand, fake_operand, quantize_op
 from quarot_fx.ops.rotate import rotate
 from quarot_fx.rotation import Rotation
 
+
+def _identity(x: Tensor) -> Tensor:
+    return x
+
+
+def _relu_squared(x: Tensor) -> Tensor:
+    return F.relu(x).square()
+
+
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu": F.gelu,
     "gelu_tanh": partial(F.gelu, approximate="tanh"),
+    "identity": _identity,
     "relu": F.relu,
+    "relu_squared": _relu_squared,
     "sigmoid": torch.sigmoid,
     "silu": F.silu,
 }
@@ -39,12 +50,11 @@ def _reference(
 ) -> Operand:
     """Return ``quantize_activation`` of ``rotate(activation(gate) * x, rotation, -1, inner)``, [..., n].
 
-    The product is rounded to the dtype of x, and all else computed in float32. With no gate, the activation is not
-    looked at.
+    The product is rounded to the dtype of x, and all else computed in float32. With no gate, it is ``activation(x)``
+    that takes the product's place.
     """
-    y = x
-    if gate is not None:
-        y = (_activation(activation)(gate.float()) * x.float()).to(x.dtype)
+    activate = _activation(activation)
+    y = (activate(x.float()) if gate is None else activate(gate.float()) * x.float()).to(x.dtype)
     return quantize_operand(rotate(y.float(), rotation, -1, inner), bits, group, clip, symmetric, container)
 
 
@@ -55,8 +65,7 @@ def _activation(name: str) -> Callable[[Tensor], Tensor]:
 
 
 def _fake(x: Tensor, gate: Tensor | None, activation: str, rotation: str, inner: int, *rest: Any) -> Operand:
-    if gate is not None:
-        _activation(activation)
+    _activation(activation)
     Rotation.parse(rotation).check_fits(x, -1, inner)
     bits, group, clip, symmetric, container = rest
     return fake_operand(x, bits, group, clip, symmetric, container)
@@ -69,6 +78,9 @@ def _inputs(generator: torch.Generator) -> Iterator[tuple[Any, ...]]:
         for activation in ACTIVATIONS:
             x, gate = torch.randn(2, 3, 112, generator=generator).to(dtype)
             yield x, gate, activation, "hadamard-112", 1, *symmetric, int8
+            yield x, None, activation, "hadamard-112", 1, *symmetric, int8
+        x, gate = torch.randn(2, 3, 224, generator=generator).to(dtype).chunk(2, -1)  # halves of longer rows
+        yield x, gate, "silu", "hadamard-112", 1, *symmetric, int8
         for n, rotation, inner in (
             (64, "hadamard-64", 1),
             (192, "hadamard-64", 1),  # blocks
@@ -78,12 +90,22 @@ def _inputs(generator: torch.Generator) -> Iterator[tuple[Any, ...]]:
             (44, "hadamard-44", 1),
             (72, "hadamard-72", 1),
         ):
-            yield torch.randn(2, n, generator=generator).to(dtype), None, "", rotation, inner, *asymmetric, float8
-    yield torch.zeros(3, 64), None, "", "hadamard-64", 1, *symmetric, int8
-    yield torch.randn(9, 64, generator=generator), None, "", "hadamard-64", 1, 8, None, 1.0, True, int8
-    yield torch.randn(2, 64, generator=generator), None, "", "random-hadamard-64-seed1", 1, *symmetric, int8
-    yield torch.randn(2, 64, generator=generator), None, "", "hadamard-64", 1, 4, 16, 1.0, True, int8
-    yield torch.zeros(0, 64), None, "", "hadamard-64", 1, *symmetric, int8
+            yield (
+                torch.randn(2, n, generator=generator).to(dtype),
+                None,
+                "identity",
+                rotation,
+                inner,
+                *asymmetric,
+                float8,
+            )
+    yield torch.zeros(3, 64), None, "identity", "hadamard-64", 1, *symmetric, int8
+    yield torch.randn(9, 64, generator=generator), None, "identity", "hadamard-64", 1, 8, None, 1.0, True, int8
+    yield torch.randn(2, 64, generator=generator), None, "identity", "random-hadamard-64-seed1", 1, *symmetric, int8
+    yield torch.randn(2, 64, generator=generator), None, "identity", "hadamard-64", 1, 4, 16, 1.0, True, int8
+    x = torch.randn(2, 64, 3, generator=generator).mT
+    yield x, x, "sigmoid", "hadamard-64", 1, *symmetric, int8  # rows that lie across memory
+    yield torch.zeros(0, 64), None, "identity", "hadamard-64", 1, *symmetric, int8
 
 
 rotate_quantize = declare(
