@@ -11,6 +11,7 @@ Importing this package imports neither Triton nor CUDA: ``<op>.py`` is imported 
 ``rotation_matrices``  a Hadamard transform as products with two small matrices
 ``tiles``         launch parameters, from measured tables
 ``support``       which arguments each op's kernels take
+``preparation``   what launches need besides their arguments
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from collections.abc import Callable
 from importlib import import_module
 from typing import Any
 
+from quarot_fx.lowering.triton.preparation import PREPARATIONS
 from quarot_fx.lowering.triton.support import REASONS
 from quarot_fx.ops import DECLARATIONS, Provider
 
@@ -31,4 +33,4 @@ def _launcher(name: str) -> Callable[..., Any]:
 
 
 for _name, _reason_against in REASONS.items():
-    DECLARATIONS[_name].providers["triton"] = Provider(_reason_against, _launcher(_name))
+    DECLARATIONS[_name].providers["triton"] = Provider(_reason_against, _launcher(_name), PREPARATIONS.get(_name))

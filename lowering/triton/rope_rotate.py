@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-from functools import lru_cache
-
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from quarot_fx.lowering.triton.device import describe
 from quarot_fx.lowering.triton.language import dot, let_dependents_start, round_to, wait_for_inputs
-from quarot_fx.lowering.triton.rotate_quantize import PRECISIONS
-from quarot_fx.lowering.triton.rotation_matrices import power_of_two_from
-from quarot_fx.rotation import Rotation
+from quarot_fx.lowering.triton.rotate import PRECISIONS
+from quarot_fx.lowering.triton.rotation_matrices import head_matrix, power_of_two_from
 
 MOST_TOKENS = 128  # of a program's tile
 
@@ -60,24 +56,13 @@ def _rope_rotate(
     tl.store(y + at, round_to(rotated, y.dtype.element_ty), mask=mask)
 
 
-@lru_cache(maxsize=64)
-def _matrix(rotation: str, size: int, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, float]:
-    """Return the rotation of one head, filled up with zeros, and what it was divided by so that entries are +-1."""
-    q = Rotation.parse(rotation).matrix()
-    dense = torch.kron(torch.eye(size // len(q), dtype=q.dtype), q)
-    block, norm = power_of_two_from(size), dense.abs().max().item()
-    filled = torch.zeros(block, block)
-    filled[:size, :size] = dense / norm
-    return filled.to(dtype).to(device), norm  # cast first: a kernel may read it before it waits for kernels
-
-
 def rope_rotate(x: Tensor, cos: Tensor, sin: Tensor, rotation: str) -> Tensor:
     """Return what the op declares."""
     y = x.new_empty(x.shape)
     if x.numel():
         batch, heads, tokens, size = x.shape
         x = x if x.stride(-1) == 1 else x.contiguous()
-        matrix, norm = _matrix(rotation, size, x.device, x.dtype)
+        matrix, norm = head_matrix(rotation, size, x.device, x.dtype)
         early, block = describe(x.device).starts_early, min(power_of_two_from(tokens), MOST_TOKENS)
         stride_angles = 0 if cos.shape[0] == 1 else tokens * size
         _rope_rotate[(triton.cdiv(tokens, block), batch * heads)](

@@ -1,8 +1,6 @@
 """An activation, a Hadamard transform and quantisation in one pass: a row stays in registers from load to store.
 
-The transform is up to three products with small matrices on tensor cores (see ``rotation_matrices``). The first has
-exact operands. What goes from one to the next is rounded to bfloat16 where the activation is, to tf32 where it is
-float16, whose range could be too small, and not at all where it is float32.
+``rotate`` says how the transform is done.
 """
 
 from __future__ import annotations
@@ -12,30 +10,19 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from quarot_fx.lowering.triton import tiles
-from quarot_fx.lowering.triton.device import describe
 from quarot_fx.lowering.triton.language import (
     activate,
-    dot,
     keep,
     let_dependents_start,
     round_to,
     store_quantized,
     wait_for_inputs,
 )
+from quarot_fx.lowering.triton.rotate import launch_parameters, load_matrix, places, rotated
 from quarot_fx.lowering.triton.rotation_matrices import matrices, split
 from quarot_fx.lowering.triton.rows import rows_of
 from quarot_fx.ops.quantize_activation import fake_operand
 from quarot_fx.rotation import Rotation
-
-PRECISIONS = {torch.bfloat16: "tf32", torch.float16: "tf32", torch.float32: "ieee"}
-
-
-@triton.jit
-def _between_products(values, dtype: tl.constexpr):
-    """Return what one product gave in the type that the next one takes, for activations of this dtype."""
-    values = values.to(tl.float32)
-    return round_to(values, tl.bfloat16) if dtype == tl.bfloat16 else values
 
 
 @triton.jit
@@ -67,19 +54,11 @@ def _rotate_quantize(
     EARLY: tl.constexpr,
 ):
     """Take ROWS rows of A x B x C elements, one after the other."""
-    ab, c = tl.arange(0, BLOCK_A * BLOCK_B), tl.arange(0, BLOCK_C)
-    a, b = ab // BLOCK_B, ab % BLOCK_B
-    in_row = ((a < A) & (b < B))[:, None] & (c < C)[None, :]
-    place = ((a * B + b) * C)[:, None] + c[None, :]
+    in_row, place = places(A, B, C, BLOCK_A, BLOCK_B, BLOCK_C)
     dtype: tl.constexpr = x.dtype.element_ty
-    if left is not None:
-        left_at = tl.arange(0, BLOCK_A)
-        left_matrix = tl.load(left + left_at[:, None] * BLOCK_A + left_at[None, :])
-    if middle is not None:
-        middle_at = tl.arange(0, BLOCK_B)
-        middle_matrix = tl.load(middle + middle_at[:, None] * BLOCK_B + middle_at[None, :])
-    if right is not None:
-        right_matrix = tl.load(right + c[:, None] * BLOCK_C + c[None, :])
+    left_matrix = load_matrix(left, BLOCK_A)
+    middle_matrix = load_matrix(middle, BLOCK_B)
+    right_matrix = load_matrix(right, BLOCK_C)
     wait_for_inputs(EARLY)
     let_dependents_start(EARLY)
     for index in range(ROWS):
@@ -95,15 +74,7 @@ def _rotate_quantize(
             values = round_to(activate(values.to(tl.float32), ACTIVATION), dtype)
         if (gate is not None or ACTIVATION != "identity") and dtype != tl.float32:
             values = keep(values)
-        if right is not None:
-            values = dot(values, right_matrix, PRECISION)
-        if left is not None:
-            values = tl.reshape(_between_products(values, dtype), (BLOCK_A, BLOCK_B * BLOCK_C))
-            values = dot(left_matrix.to(values.dtype), values, PRECISION)
-        if middle is not None:
-            values = tl.reshape(_between_products(values, dtype), (BLOCK_A, BLOCK_B, BLOCK_C))
-            matrix = tl.broadcast_to(middle_matrix.to(values.dtype)[None, :, :], (BLOCK_A, BLOCK_B, BLOCK_B))
-            values = dot(matrix, values, PRECISION)
+        values = rotated(values, left_matrix, middle_matrix, right_matrix, dtype, PRECISION, BLOCK_A, BLOCK_B, BLOCK_C)
         values = tl.reshape(values.to(tl.float32) * norm, (1, BLOCK_A * BLOCK_B, BLOCK_C))
         codes_at = (codes + row.to(tl.int64) * (A * B * C) + place)[None, :, :]
         store_quantized(values, codes_at, mask[None, :, :], scale, zero, sums, group, is_row, A * B * C, clip, BITS)
@@ -125,20 +96,15 @@ def rotate_quantize(
     operand = fake_operand(x, bits, group, clip, symmetric, container)
     codes, scale, zero, sums = operand
     if x.numel():
-        size, device = x.shape[-1], describe(x.device)
+        size = x.shape[-1]
         cut = split(Rotation.parse(rotation), size, inner)
         assert cut is not None, "the provider does not support this rotation"
-        rows, (a, b, c), blocks = x.numel() // size, cut.sizes, cut.blocks
-        launch = dict(tiles.nearest("rotate_quantize", x.device, tokens=rows, elements=cut.elements))
-        if cut.shared_bytes(x.dtype, launch["num_stages"]) > device.shared_bytes:
-            launch["num_stages"] = 1
+        rows = x.numel() // size
+        launch = launch_parameters(cut, x, rows)
         x, stride_x = rows_of(x)
         gate, stride_gate = (None, 0) if gate is None else rows_of(gate)
         _rotate_quantize[(triton.cdiv(rows, launch["ROWS"]),)](
-            x, gate, *matrices(cut, x.device, x.dtype),
-            codes, scale, None if symmetric else zero, sums, rows, stride_x, stride_gate, cut.norm, clip,
-            A=a, B=b, C=c, BLOCK_A=blocks[0], BLOCK_B=blocks[1], BLOCK_C=blocks[2],
-            ACTIVATION=activation, PRECISION=PRECISIONS[x.dtype], BITS=bits,
-            EARLY=device.starts_early, launch_pdl=device.starts_early, **launch,
+            x, gate, *matrices(cut, x.device, x.dtype), codes, scale, None if symmetric else zero, sums,
+            rows, stride_x, stride_gate, cut.norm, clip, ACTIVATION=activation, BITS=bits, **launch,
         )  # fmt: skip
     return operand

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cache, lru_cache, reduce
+from functools import cache, reduce
 from itertools import combinations_with_replacement
 
 import numpy as np
@@ -24,6 +24,7 @@ LARGEST_TILE = 32768  # elements that one program holds in registers, as float32
 LARGEST_MATRIX = 128
 # Of an element of a matrix and of the row: products of float32 keep both their operands there.
 SHARED_BYTES = {torch.bfloat16: (2, 2), torch.float16: (4, 4), torch.float32: (4, 8)}
+SHORT_ROW = 4096  # elements; shorter rows are taken several at a time
 SMALLEST_BLOCK = 16  # of a tensor core's operand
 
 
@@ -91,6 +92,23 @@ def split(rotation: Rotation, size: int, inner: int) -> Split | None:
     return min((s for s in _splits(rotation, size, inner) if s.fits), key=lambda s: s.cost, default=None)
 
 
+def split_of(x: Tensor, rotation: str, inner: int) -> Split | None:
+    """Return how x is rotated, a row at a time or as many short ones as divide all."""
+    rows = math.prod(x.shape[:-1])
+    together = max(count for count in _rows_together(x) if isinstance(rows, int) and rows % count == 0 or count == 1)
+    return split(Rotation.parse(rotation), together * x.shape[-1], inner)
+
+
+def possible_splits(x: Tensor, rotation: str, inner: int) -> list[Split]:
+    """Return all that ``split_of`` may return for another number of rows."""
+    parsed = Rotation.parse(rotation)
+    return [cut for count in _rows_together(x) if (cut := split(parsed, count * x.shape[-1], inner)) is not None]
+
+
+def _rows_together(x: Tensor) -> list[int]:
+    return [1 << power for power in range(max(1, (SHORT_ROW // x.shape[-1]).bit_length()))]
+
+
 def _splits(rotation: Rotation, size: int, inner: int) -> Iterator[Split]:
     outer = size // (rotation.order * inner)
     atoms: list[Factor] = []
@@ -110,16 +128,31 @@ def _splits(rotation: Rotation, size: int, inner: int) -> Iterator[Split]:
         yield Split((outer * a, b, c * inner), sides, outer)
 
 
-@lru_cache(maxsize=64)
-def matrices(split: Split, device: torch.device, dtype: torch.dtype) -> tuple[Tensor | None, ...]:
-    """Return L^T, M^T and R, filled up with zeros, Hadamard factors as +-1.
+@cache  # unbounded: recorded CUDA graphs read them
+def matrices(
+    split: Split, device: torch.device, dtype: torch.dtype, inverse: bool = False
+) -> tuple[Tensor | None, ...]:
+    """Return L^T, M^T and R, or L, M and R^T for the inverse, filled up with zeros, Hadamard factors as +-1.
 
     They are cast before they are copied, so that no kernel makes them: kernels read them before they wait for others.
     """
     return tuple(
-        _matrix(side, block, split.outer if axis == 0 else 1, axis < 2).to(dtype).to(device) if side else None
+        _matrix(side, block, split.outer if axis == 0 else 1, (axis < 2) != inverse).to(dtype).to(device)
+        if side
+        else None
         for axis, (side, block) in enumerate(zip(split.sides, split.blocks, strict=True))
     )
+
+
+@cache  # unbounded: recorded CUDA graphs read them
+def head_matrix(rotation: str, size: int, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, float]:
+    """Return the rotation of one head, filled up with zeros, and what it was divided by so that entries are +-1."""
+    q = Rotation.parse(rotation).matrix()
+    dense = torch.kron(torch.eye(size // len(q), dtype=q.dtype), q)
+    block, norm = power_of_two_from(size), dense.abs().max().item()
+    filled = torch.zeros(block, block)
+    filled[:size, :size] = dense / norm
+    return filled.to(dtype).to(device), norm  # cast first: a kernel may read it before it waits for kernels
 
 
 def _matrix(side: tuple[Factor, ...], block: int, outer: int, transposed: bool) -> Tensor:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from quarot_fx.lowering.triton.device import FIRST_FLOAT8, FIRST_SUPPORTED, describe, runs_interpreted
-from quarot_fx.lowering.triton.rotation_matrices import split
+from quarot_fx.lowering.triton.rotation_matrices import Split, split, split_of
 from quarot_fx.rotation import Rotation
 
 LARGEST_ROW = 65536  # elements that one program holds in registers
@@ -86,6 +86,20 @@ def _norm_quantize(x: Tensor, addend: Tensor | None, *rest: Any) -> str | None:
     return _reason_against_device(x.device, rest[-1]) or _reason_against_row(x)
 
 
+def _rotate(x: Tensor, rotation: str, dim: int = -1, inner: int = 1, inverse: bool = False) -> str | None:
+    if reason := _reason_against_device(x.device) or _reason_against_row(x):
+        return reason
+    if dim % x.dim() != x.dim() - 1:
+        return f"axis {dim} is not the last one"
+    return _reason_against_split(x, split_of(x, rotation, inner), rotation)
+
+
+def _reason_against_split(x: Tensor, cut: Split | None, rotation: str) -> str | None:
+    if cut is None or cut.shared_bytes(x.dtype) > describe(x.device).shared_bytes:
+        return f"{rotation} over rows of {x.shape[-1]} elements has no split into matrices that a program can hold"
+    return None
+
+
 def _rotate_quantize(
     x: Tensor, gate: Tensor | None, activation: str, rotation: str, inner: int, bits: int, group: int | None, *rest: Any
 ) -> str | None:
@@ -93,10 +107,7 @@ def _rotate_quantize(
         return reason
     if group is not None and group != x.shape[-1]:
         return "groups of a rotated row have no kernel"
-    cut = split(Rotation.parse(rotation), x.shape[-1], inner)
-    if cut is None or cut.shared_bytes(x.dtype) > describe(x.device).shared_bytes:
-        return f"{rotation} over rows of {x.shape[-1]} elements has no split into matrices that a program can hold"
-    return None
+    return _reason_against_split(x, split(Rotation.parse(rotation), x.shape[-1], inner), rotation)
 
 
 def _rope_rotate(x: Tensor, cos: Tensor, sin: Tensor, rotation: str) -> str | None:
@@ -113,5 +124,6 @@ REASONS: dict[str, Callable[..., str | None]] = {
     "pack_weight": _pack_weight,
     "quantize_activation": _quantize_activation,
     "rope_rotate": _rope_rotate,
+    "rotate": _rotate,
     "rotate_quantize": _rotate_quantize,
 }

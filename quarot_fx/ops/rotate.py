@@ -28,6 +28,14 @@ def _inputs(generator: torch.Generator) -> Iterator[tuple[Any, ...]]:
     yield x.bfloat16(), "random-12-seed2", 2, 4
     yield x.transpose(0, 2), "hadamard-12", 0, 4  # not contiguous
     yield torch.randn(2, 18, 5, generator=generator), "hadamard-9", 1, 2
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        for shape, rotation, inner, inverse in (
+            ((2, 3, 5, 64), "hadamard-64", 1, True),
+            ((1, 8, 1, 128), "hadamard-128", 1, False),
+            ((3, 240), "hadamard-12", 20, True),  # across heads
+            ((2, 1, 448), "hadamard-448", 1, False),
+        ):
+            yield torch.randn(shape, generator=generator).to(dtype), rotation, -1, inner, inverse
     yield x[:0], "hadamard-16"
     yield x, "hadamard-1"
 

@@ -1,0 +1,36 @@
+"""What launches need besides their arguments, made when a graph is compiled: the matrices of rotations.
+
+A kernel that is launched for the first time while a CUDA graph is recorded would make them in memory that belongs to
+the recording.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor
+
+from quarot_fx.lowering.triton.rotation_matrices import head_matrix, matrices, possible_splits, split
+from quarot_fx.rotation import Rotation
+
+
+def _rotate(x: Tensor, rotation: str, dim: int = -1, inner: int = 1, inverse: bool = False) -> None:
+    for cut in possible_splits(x, rotation, inner):
+        matrices(cut, x.device, x.dtype, inverse)
+
+
+def _rotate_quantize(x: Tensor, gate: Tensor | None, activation: str, rotation: str, inner: int, *scheme: Any) -> None:
+    if cut := split(Rotation.parse(rotation), x.shape[-1], inner):
+        matrices(cut, x.device, x.dtype)
+
+
+def _rope_rotate(x: Tensor, cos: Tensor, sin: Tensor, rotation: str) -> None:
+    head_matrix(rotation, x.shape[-1], x.device, x.dtype)
+
+
+PREPARATIONS: dict[str, Callable[..., None]] = {
+    "rope_rotate": _rope_rotate,
+    "rotate": _rotate,
+    "rotate_quantize": _rotate_quantize,
+}
