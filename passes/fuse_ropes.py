@@ -121,9 +121,7 @@ def _reason_against(rotate: fx.Node, rope: Rope) -> str | None:
         batch, heads, *table = (1,) * (4 - value(angle).ndim) + tuple(value(angle).shape)
         is_batch = batch == 1 or statically_known_true(batch == x.shape[0])
         if not is_batch or heads != 1 or not equal_sizes(table, x.shape[-2:]):
-            return (
-                f"angles {tuple(value(angle).shape)} are not one for each token and element of heads {tuple(x.shape)}"
-            )
+            return f"the shape of cos or sin, {tuple(value(angle).shape)}, is not [batch or 1, 1, tokens, size]"
     return None
 
 

@@ -1,5 +1,6 @@
 """Small modules and graphs that the tests of passes share, and what they ask of a pass."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -34,6 +35,12 @@ def captured(module: nn.Module, *inputs: Tensor) -> Program:
     """Capture a module, filled with random values, as the backend does."""
     graph, arguments = capture_one_graph(fill(module), inputs)
     return graph.bind(arguments, WeightStore())
+
+
+def exported(module: nn.Module, *inputs: Tensor, dynamic: Sequence[int] = ()) -> Program:
+    """Export a function, of parameters or of none, filled with random values; sizes of dynamic axes are symbols."""
+    sizes = dict.fromkeys(dynamic, torch.export.Dim.AUTO)
+    return Program.of(torch.export.export(fill(module), inputs, dynamic_shapes={"args": (sizes,) * len(inputs)}))
 
 
 def apply(pass_: Pass, program: Program, *inputs: Tensor) -> tuple[Program, PassReport]:
@@ -170,3 +177,25 @@ class Decoder(nn.Module):
 def ids(length: int = 5) -> Tensor:
     """Token ids [1, length] for :class:`Decoder`."""
     return torch.arange(length)[None]
+
+
+# -- integer codes ---------------------------------------------------------------------------------
+
+
+def operand_of(x: Tensor, bits: int = 4, group: int | None = None, symmetric: bool = True) -> tuple[Tensor, ...]:
+    """What an integer product reads of an activation: codes, scale, zero points if there are any, and sums of codes."""
+    parts = torch.ops.quarot.quantize_activation(x, bits, group, 0.9, symmetric, torch.int8)
+    return tuple(part for index, part in enumerate(parts) if index != 2 or not symmetric)
+
+
+def check_same_but_for_flips(actual: Any, expected: Any, dtype: torch.dtype = torch.float32) -> None:
+    """Compare results that are the same up to rounding to a type: then a few codes may be the neighbour's."""
+    assert len(actual) == len(expected)
+    tolerance, fraction = (1e-5, 0.02) if dtype == torch.float32 else (2.0**-6, 0.1)
+    steps = max(1, fraction * max(t.numel() for t in expected if not t.is_floating_point()))
+    for one, other in zip(actual, expected, strict=True):
+        assert (one.dtype, one.shape) == (other.dtype, other.shape)
+        if one.is_floating_point():
+            torch.testing.assert_close(one, other, rtol=tolerance, atol=tolerance)
+        else:
+            assert (one.int() - other.int()).abs().sum() <= steps
