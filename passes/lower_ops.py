@@ -21,6 +21,9 @@ class LowerOps(Pass):
     requires: ClassVar[tuple[str, ...]] = (
         "fuse-int-linears",
         "merge-int-linears",
+        "fuse-norms",
+        "fuse-rotations",
+        "fuse-ropes",
     )
     tolerance: ClassVar[float | None] = None  # kernels compute in float32 at most
 

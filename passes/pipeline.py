@@ -17,6 +17,9 @@ from quarot_fx.passes.fold_constants import FoldConstants
 from quarot_fx.passes.fold_gains import FoldGains
 from quarot_fx.passes.fold_means import FoldMeans
 from quarot_fx.passes.fuse_int_linears import FuseIntLinears
+from quarot_fx.passes.fuse_norms import FuseNorms
+from quarot_fx.passes.fuse_ropes import FuseRopes
+from quarot_fx.passes.fuse_rotations import FuseRotations
 from quarot_fx.passes.lower_ops import LowerOps
 from quarot_fx.passes.merge_int_linears import MergeIntLinears
 from quarot_fx.passes.place_rotations import PlaceRotations
@@ -47,6 +50,9 @@ DEFAULT_ORDER: tuple[type[Pass], ...] = (
     QuantizeCaches,
     FuseIntLinears,
     MergeIntLinears,
+    FuseNorms,
+    FuseRotations,
+    FuseRopes,
     LowerOps,
     FoldConstants,
 )

@@ -90,15 +90,8 @@ def _inputs(generator: torch.Generator) -> Iterator[tuple[Any, ...]]:
             (44, "hadamard-44", 1),
             (72, "hadamard-72", 1),
         ):
-            yield (
-                torch.randn(2, n, generator=generator).to(dtype),
-                None,
-                "identity",
-                rotation,
-                inner,
-                *asymmetric,
-                float8,
-            )
+            x = torch.randn(2, n, generator=generator).to(dtype)
+            yield x, None, "identity", rotation, inner, *asymmetric, float8
     yield torch.zeros(3, 64), None, "identity", "hadamard-64", 1, *symmetric, int8
     yield torch.randn(9, 64, generator=generator), None, "identity", "hadamard-64", 1, 8, None, 1.0, True, int8
     yield torch.randn(2, 64, generator=generator), None, "identity", "random-hadamard-64-seed1", 1, *symmetric, int8

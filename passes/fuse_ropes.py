@@ -1,0 +1,137 @@
+"""A rotary embedding and the rotation of each head after it become one op."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import fx
+from torch.fx.experimental.symbolic_shapes import statically_known_true
+
+from quarot_fx.aliasing import argument, equal_sizes
+from quarot_fx.graph import FROZEN, Inserter, module_path, value
+from quarot_fx.passes.base import Pass
+from quarot_fx.passes.fusion import insert_fused
+from quarot_fx.passes.matching import before_casts, before_views, before_widening, insert_views, operands
+from quarot_fx.program import Program
+from quarot_fx.report import PassReport
+
+aten, quarot = torch.ops.aten, torch.ops.quarot
+
+
+@dataclass(frozen=True)
+class Rope:
+    """``x * cos + half_turn(x) * sin`` with ``half_turn([a, b]) = [-b, a]``.
+
+    Attributes:
+        x: [batch, heads, tokens, size].
+        cos, sin: [batch or 1, 1, tokens, size], or without leading dimensions.
+    """
+
+    x: fx.Node
+    cos: fx.Node
+    sin: fx.Node
+
+
+@dataclass(frozen=True)
+class FuseRopes(Pass):
+    """``rotate(x cos + half_turn(x) sin) -> rope_rotate(x, cos, sin)`` along the axis of a head (QuaRot, section 4,
+    stage 2c). Where nothing is rotated afterwards, it is left to the compiler of the rest.
+    """
+
+    requires: ClassVar[tuple[str, ...]] = ("rotate",)
+    tolerance: ClassVar[float | None] = None  # it computes in float32
+
+    def run(self, program: Program, report: PassReport) -> None:
+        for rotate in program.graph.find_nodes(op="call_function", target=quarot.rotate.default):
+            source, views = before_views(rotate.args[0])
+            rope = next(_ropes(source), None)
+            if rope is None:
+                if source.target is aten.cat.default and any(list(_ropes(part)) for part in source.all_input_nodes):
+                    report.decline(module_path(source), "only a part of each head is embedded, and all of it rotated")
+            elif reason := _reason_against(rotate, rope):
+                report.decline(module_path(source), reason)
+            else:
+                self._fuse(rotate, rope, views, report)
+
+    def _fuse(self, rotate: fx.Node, rope: Rope, views: tuple[fx.Node, ...], report: PassReport) -> None:
+        insert = Inserter(rotate.graph, self.name, rotate)
+        with rotate.graph.inserting_before(rotate):
+            angles = [_without_heads(insert, angle) for angle in (rope.cos, rope.sin)]
+            fused = insert_fused(
+                insert, self.config, report, quarot.rope_rotate.default, rope.x, *angles, argument(rotate, "rotation")
+            )
+            if fused is not None:
+                rotate.replace_all_uses_with(insert_views(insert, fused, views))
+
+
+def _ropes(node: fx.Node) -> Iterator[Rope]:
+    """Yield the rotary embedding that a node is the result of."""
+    node = before_casts(node)
+    for straight, across in operands(node, aten.add.Tensor):
+        for x, cos in operands(before_casts(straight), aten.mul.Tensor):
+            for turned, sin in operands(before_casts(across), aten.mul.Tensor):
+                embedded = _half_turned(before_casts(turned))
+                if embedded is not None and embedded is before_widening(x) and FROZEN not in embedded.meta:
+                    yield Rope(embedded, cos, sin)
+
+
+def _half_turned(node: fx.Node) -> fx.Node | None:
+    """Return x if the node is ``[-b, a]`` for the halves of x = ``[a, b]`` along the last axis."""
+    if node.target is not aten.cat.default or not _is_along_last_axis(node):
+        return None
+    parts = [before_casts(part) for part in argument(node, "tensors")]
+    if len(parts) != 2 or parts[0].target is not aten.neg.default:
+        return None
+    second, first = before_casts(parts[0].all_input_nodes[0]), parts[1]
+    x = _half(first, 0)
+    return x if x is not None and x is _half(second, 1) else None
+
+
+def _half(node: fx.Node, place: int) -> fx.Node | None:
+    """Return x if the node is the first or the second half of x along the last axis."""
+    if node.target is not aten.slice.Tensor or not _is_along_last_axis(node):
+        return None
+    x, bounds = node.all_input_nodes[0], [argument(node, name) for name in ("start", "end", "step")]
+    size = value(x).shape[-1]
+    if not all(bound is None or isinstance(bound, int) for bound in (*bounds, size)):
+        return None
+    half = size // 2
+    return before_widening(x) if slice(*bounds).indices(size) == (place * half, (place + 1) * half, 1) else None
+
+
+def _is_along_last_axis(node: fx.Node) -> bool:
+    ndim = value(node).ndim
+    return bool(argument(node, "dim") % ndim == ndim - 1)
+
+
+def _reason_against(rotate: fx.Node, rope: Rope) -> str | None:
+    val, x = value(rotate), value(rope.x)
+    if x.ndim != 4:
+        return f"what is embedded has {x.ndim} axes, and the kernel takes batch, heads, tokens and size"
+    if not _is_along_last_axis(rotate) or argument(rotate, "inner") != 1:
+        return "another axis than that of a head is rotated"
+    if argument(rotate, "inverse"):
+        return "a rotation is undone, and the kernel only rotates"
+    if x.dtype != val.dtype:
+        return f"what is embedded is {x.dtype}, and what is rotated {val.dtype}"
+    for angle in (rope.cos, rope.sin):
+        batch, heads, *table = (1,) * (4 - value(angle).ndim) + tuple(value(angle).shape)
+        is_batch = batch == 1 or statically_known_true(batch == x.shape[0])
+        if not is_batch or heads != 1 or not equal_sizes(table, x.shape[-2:]):
+            return (
+                f"angles {tuple(value(angle).shape)} are not one for each token and element of heads {tuple(x.shape)}"
+            )
+    return None
+
+
+def _without_heads(insert: Inserter, angle: fx.Node) -> fx.Node:
+    """Return angles [batch or 1, tokens, size]."""
+    angle = before_widening(angle)
+    if angle.target is aten.unsqueeze.default and angle.args[1] in (1, -3):
+        return angle.all_input_nodes[0]
+    if value(angle).ndim == 2:
+        return insert.call(aten.unsqueeze.default, angle, 0)
+    return angle if value(angle).ndim == 3 else insert.call(aten.squeeze.dim, angle, 1)
