@@ -10,6 +10,7 @@ from torch._dynamo.exc import RestartAnalysis
 
 from quarot_fx.errors import NestedBackendError, UnknownOptionError
 from quarot_fx.lowering.lift import Lifted
+from quarot_fx.ops import DECLARATIONS
 
 MODES: dict[str, dict[str, Any]] = {
     "default": {},
@@ -43,7 +44,8 @@ def compile_nested(lifted: Lifted, arguments: Sequence[Any], name: str, mode: st
             if name == "inductor":
                 from torch._inductor.compile_fx import compile_fx
 
-                compiled: Any = compile_fx(module, inputs, config_patches=MODES[mode or "default"])
+                patches, decompositions = MODES[mode or "default"], _decompositions(inputs)
+                compiled: Any = compile_fx(module, inputs, config_patches=patches, decompositions=decompositions)
                 return compiled
             compiler: Callable[..., Any] = torch._dynamo.lookup_backend(name)
             return compiler(module, inputs)
@@ -51,3 +53,15 @@ def compile_nested(lifted: Lifted, arguments: Sequence[Any], name: str, mode: st
         raise
     except Exception as error:
         raise NestedBackendError(name=name, reason=f"{type(error).__name__}: {error}") from error
+
+
+def _decompositions(inputs: Sequence[Any]) -> dict[torch._ops.OpOverload, Callable[..., Any]] | None:
+    """Return what Inductor writes operators out as: on a GPU also our ops that no kernel runs, which it then fuses. On
+    the CPU their C++ would take longer to compile than it saves.
+    """
+    from torch._inductor.decomposition import select_decomp_table
+
+    if not any(isinstance(one, torch.Tensor) and one.is_cuda for one in inputs):
+        return None
+    ours = {one.overload: one.reference for one in DECLARATIONS.values() if one.is_traceable}
+    return {**select_decomp_table(), **ours}

@@ -237,11 +237,6 @@ def test_explain_of_float_is_refused(tiny_folder):
     assert "did you mean 'rotated'" in run("explain", tiny_folder, "--setting", "float", exit_code=1)
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU to measure")
-def test_bench_without_a_gpu_is_one_line():
-    assert run("bench", exit_code=1).startswith("error: this measures an NVIDIA GPU")
-
-
 def test_default_settings_are_settings():
     for one, other in itertools.pairwise(map(parse_setting, DEFAULT_SETTINGS)):
         assert one.options != other.options

@@ -2,6 +2,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from quarot_fx import ops
 from quarot_fx.errors import GroupSizeError, OptionError, RotationSizeError, UnknownOptionError
@@ -49,6 +50,16 @@ def test_compiled_op_equals_the_reference(declaration: OpDeclaration) -> None:
         compiled = torch.compile(lambda *args: declaration.overload(*args), backend="aot_eager", fullgraph=True)
         expected = declaration.reference(*args)
         torch.testing.assert_close(compiled(*args), expected, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("declaration", [d for d in DECLARATIONS.values() if d.is_traceable], ids=lambda d: d.name)
+def test_a_traceable_reference_is_functional(declaration: OpDeclaration) -> None:
+    """Inductor takes it in the op's place, in graphs where nothing is written to."""
+    for args in declaration.inputs(torch.Generator().manual_seed(0)):
+        traced = make_fx(lambda *a: declaration.reference(*a), tracing_mode="fake")(*args)
+        operators = [node.target for node in traced.graph.nodes]
+        assert not any(op._schema.is_mutable for op in operators if isinstance(op, torch._ops.OpOverload))
+        torch.testing.assert_close(traced(*args), declaration.reference(*args), rtol=0, atol=0, equal_nan=True)
 
 
 # -- meaning ---------------------------------------------------------------------------------------

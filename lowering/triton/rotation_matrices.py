@@ -95,7 +95,7 @@ def split(rotation: Rotation, size: int, inner: int) -> Split | None:
 def split_of(x: Tensor, rotation: str, inner: int) -> Split | None:
     """Return how x is rotated, a row at a time or as many short ones as divide all."""
     rows = math.prod(x.shape[:-1])
-    together = max(count for count in _rows_together(x) if isinstance(rows, int) and rows % count == 0 or count == 1)
+    together = max(count for count in _rows_together(x) if (isinstance(rows, int) and rows % count == 0) or count == 1)
     return split(Rotation.parse(rotation), together * x.shape[-1], inner)
 
 

@@ -1,8 +1,13 @@
-"""Measurements of the kernels on a GPU, behind ``quarot-fx bench``.
+"""Measurements on a GPU, behind ``quarot-fx bench``.
 
-``timing``   medians of CUDA graphs over more data than the caches hold
-``shapes``   the linear layers of well-known models
+``timing``   medians of CUDA graphs over more data than the caches hold, and of the steps of a model
+``memory``   what PyTorch has allocated
+``shapes``   well-known decoders, and their linear layers
 ``matmul``   integer matrix products, with the quantisation of their input, against bfloat16
+``peers``    the same products by other libraries
 ``fused``    norms, activations and transforms with quantisation, against a copy
+``hadamard`` what an online transform adds to a product
+``models``   decoder layers and whole models: prefill, decode, memory
+``record``   what was measured, to JSON and back; ``tables`` and ``plot`` show it
 ``tune``     a search for launch parameters, which makes the tables that ``lowering/triton`` ships
 """

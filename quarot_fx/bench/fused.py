@@ -3,40 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from quarot_fx.bench.matmul import SCHEME
+from quarot_fx.bench.record import FusedTime
 from quarot_fx.bench.timing import copies, microseconds
 from quarot_fx.lowering.triton.norm_quantize import norm_quantize
 from quarot_fx.lowering.triton.quantize_activation import quantize_activation
 from quarot_fx.lowering.triton.rope_rotate import rope_rotate
 from quarot_fx.lowering.triton.rotate_quantize import rotate_quantize
 
-SCHEME = (4, None, 0.9, True, torch.int8)
 HEAD = 128
 HIDDEN_WIDTHS = (4096, 8192)
 WIDTHS = (*HIDDEN_WIDTHS, 14336, 28672)
-
-
-@dataclass(frozen=True)
-class FusedTime:
-    """Time of one kernel, and its rate next to that of a copy.
-
-    Attributes:
-        microseconds: of one call.
-        gigabytes_per_second: of the bytes that must be read and written.
-        of_copy: that rate over the rate at which a tensor of this size is copied.
-    """
-
-    kernel: str
-    rows: int
-    width: int
-    microseconds: float
-    gigabytes_per_second: float
-    of_copy: float
 
 
 def measure_fused(widths: Sequence[int], rows: Sequence[int]) -> Iterator[FusedTime]:

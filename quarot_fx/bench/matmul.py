@@ -2,47 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
+from quarot_fx.bench.record import MatmulTime
 from quarot_fx.bench.timing import copies, microseconds
 from quarot_fx.lowering.triton.int_linear import int_linear
 from quarot_fx.lowering.triton.quantize_activation import quantize_activation
 from quarot_fx.lowering.triton.tiles import Launch
 from quarot_fx.ops.pack_weight import packed_width
 
-
-@dataclass(frozen=True)
-class MatmulTime:
-    """Times in microseconds of one product [tokens, columns] x [rows, columns]^T.
-
-    Attributes:
-        bfloat16: ``torch.mm``.
-        quantize: the quantisation of the input alone.
-        matmul: the integer product alone.
-        total: both, one after the other.
-    """
-
-    rows: int
-    columns: int
-    tokens: int
-    bfloat16: float
-    quantize: float
-    matmul: float
-    total: float
-
-    @property
-    def speedup(self) -> float:
-        """How many times faster than bfloat16 the whole is."""
-        return self.bfloat16 / self.total
-
-    @property
-    def tera_operations(self) -> float:
-        """10^12 multiplications and additions a second of the product alone."""
-        return 2e-6 * self.rows * self.columns * self.tokens / self.matmul
+SCHEME = (4, None, 0.9, True, torch.int8)  # of activations under the default options: a row's codes, in a byte each
 
 
 class Quantized:
@@ -56,7 +28,7 @@ class Quantized:
     @staticmethod
     def quantize(x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Return the operand that x becomes under the default options."""
-        return quantize_activation(x, 4, None, 0.9, True, torch.int8)
+        return quantize_activation(x, *SCHEME)
 
     def multiply(self, operand: tuple[Tensor, ...], weight: Tensor, launch: Launch | None = None) -> Tensor:
         """Return the product, in bfloat16."""
@@ -69,12 +41,16 @@ def measure_matmuls(shapes: Sequence[tuple[int, int]], tokens: Sequence[int]) ->
     """Measure each shape for each number of tokens."""
     for rows, columns in shapes:
         inputs = {m: torch.randn(m, columns, device="cuda", dtype=torch.bfloat16) for m in tokens}
-        weights = copies(lambda: torch.randn(rows, columns, device="cuda", dtype=torch.bfloat16) * 0.02)  # noqa: B023
-        plain = {m: _bfloat16(inputs[m], weights) for m in tokens}
-        del weights
+        plain = measure_bfloat16(rows, columns, inputs)
         layer = Quantized(rows, columns)
         for m, x in inputs.items():
             yield MatmulTime(rows, columns, m, plain[m], *_quantized(x, layer))
+
+
+def measure_bfloat16(rows: int, columns: int, inputs: Mapping[int, Tensor]) -> dict[int, float]:
+    """Return the time of ``torch.mm`` for each input [tokens, columns], by their numbers of tokens."""
+    weights = copies(lambda: torch.randn(rows, columns, device="cuda", dtype=torch.bfloat16) * 0.02)
+    return {tokens: _bfloat16(x, weights) for tokens, x in inputs.items()}
 
 
 def _bfloat16(x: Tensor, weights: list[Tensor]) -> float:

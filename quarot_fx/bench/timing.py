@@ -1,4 +1,4 @@
-"""Time of a kernel on the GPU: the median over replays of a CUDA graph, which has no gaps between launches."""
+"""Times on the GPU: medians of kernels in CUDA graphs, which have no gaps between launches, and of steps of a model."""
 
 from __future__ import annotations
 
@@ -12,6 +12,8 @@ from torch import Tensor
 CACHE_BYTES = 256 * 2**20  # inputs rotate through this much, several times any L2 cache
 CALLS = 4  # in a graph, at least
 REPLAYS = 15
+WARM_UPS = 5
+STEPS = 30
 
 
 def microseconds(call: Callable[[Any], object], variants: Sequence[Any]) -> float:
@@ -25,18 +27,34 @@ def microseconds(call: Callable[[Any], object], variants: Sequence[Any]) -> floa
         for index in range(calls):
             call(variants[index % len(variants)])
     graph.replay()
-    times = []
-    for _ in range(REPLAYS):
-        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    return statistics.median(_elapsed(graph.replay, REPLAYS)) * 1000 / calls
+
+
+def milliseconds(step: Callable[[], object]) -> float:
+    """Return the time of one step, as the GPU sees it when the next is launched without waiting for it."""
+    for _ in range(WARM_UPS):
+        step()
+    torch.cuda.synchronize()
+    return statistics.median(_elapsed(step, STEPS))
+
+
+def _elapsed(step: Callable[[], object], times: int) -> list[float]:
+    """Return the milliseconds between two events around each of so many steps."""
+    events = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(times)]
+    for start, end in events:
         start.record()
-        graph.replay()
+        step()
         end.record()
-        end.synchronize()
-        times.append(start.elapsed_time(end) * 1000 / calls)
-    return statistics.median(times)
+    torch.cuda.synchronize()
+    return [start.elapsed_time(end) for start, end in events]
 
 
 def copies(make: Callable[[], Tensor]) -> list[Tensor]:
     """Return as many tensors as exceed the caches, two at least."""
     first = make()
-    return [first, *(make() for _ in range(max(1, CACHE_BYTES // first.nbytes)))]
+    return [first, *(make() for _ in range(number_of_copies(first.nbytes) - 1))]
+
+
+def number_of_copies(nbytes: int) -> int:
+    """Return how many times so many bytes exceed the caches, twice at least."""
+    return 1 + max(1, CACHE_BYTES // nbytes)

@@ -1,72 +1,198 @@
-"""``quarot-fx bench``: how fast the kernels are on this GPU."""
+"""``quarot-fx bench``: how fast the kernels, decoder layers and models are on this GPU."""
 
 from __future__ import annotations
 
 import json
 import shlex
 import sys
-from collections.abc import Sequence
-from dataclasses import asdict
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.table import Table
 
-from quarot_fx.errors import NoGPUError, OptionError
+from quarot_fx.cli.settings import OptionAssignments, parse_options
+from quarot_fx.errors import NoGPUError, OptionError, UnknownOptionError
 
 if TYPE_CHECKING:
-    from quarot_fx.bench.fused import FusedTime
-    from quarot_fx.bench.matmul import MatmulTime
+    from quarot_fx.bench.models import Compile, Workload
+    from quarot_fx.bench.record import Record
+    from quarot_fx.bench.shapes import DecoderShape
 
-PARTS = ("matmul", "fused")
+FUSED_ROWS = (1, 16, 2048, 16384)
+Rows = Iterator[tuple[str, Any]]  # with the name of the list in the record that each belongs to
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What the command line picks of everything that could be measured; ``None`` leaves it to the part."""
+
+    tokens: tuple[int, ...] | None
+    shapes: list[tuple[int, int]] | None
+    peers: list[str] | None
+    models: list[str] | None
+    phases: list[str] | None
+    options: dict[str, Any]
 
 
 def bench(
-    parts: Annotated[str, typer.Option(help="Names separated by commas: matmul, fused.")] = ",".join(PARTS),
-    tokens: Annotated[str | None, typer.Option(help="Numbers separated by commas, instead of 1 to 16384.")] = None,
+    parts: Annotated[
+        list[str] | None, typer.Argument(help="Any of matmul, fused, hadamard, layers, models; all if none is named.")
+    ] = None,
+    tokens: Annotated[str | None, typer.Option(help="Numbers separated by commas, instead of those of a part.")] = None,
     shapes: Annotated[str | None, typer.Option(help="ROWSxCOLUMNS, separated by commas, of weights.")] = None,
+    peers: Annotated[
+        str | None, typer.Option(help="Other libraries to measure with matmul, separated by commas; '' for none.")
+    ] = None,
+    models: Annotated[str | None, typer.Option(help="Whose shape layers and models have, separated by commas.")] = None,
+    phases: Annotated[str | None, typer.Option(help="Of layers and models: prefill, decode or both.")] = None,
+    option: OptionAssignments = None,
     tune: Annotated[Path | None, typer.Option(help="Search for launch parameters, and write them here.")] = None,
-    json_file: Annotated[Path | None, typer.Option("--json", help="Also write the numbers here.")] = None,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write the numbers here, one by one.")] = None,
+    from_file: Annotated[Path | None, typer.Option("--from", help="Show what --json wrote; needs no GPU.")] = None,
+    plot_file: Annotated[Path | None, typer.Option("--plot", help="Draw the numbers into this .svg or .png.")] = None,
 ) -> None:
-    """Measure integer matrix products against bfloat16, and fused quantisation against a copy, on one GPU."""
+    """Measure kernels, decoder layers and whole models against bfloat16, on one GPU."""
+    from quarot_fx.bench.record import Record
+    from quarot_fx.bench.tables import tables
+
+    choice = Choice(
+        _numbers("tokens", tokens),
+        None if shapes is None else [_parse_shape(shape) for shape in _names(shapes)],
+        None if peers is None else _names(peers),
+        None if models is None else _names(models),
+        None if phases is None else _names(phases),
+        parse_options(option or ()),
+    )
+    for part in parts or ():
+        if part not in PARTS:
+            raise UnknownOptionError("part", part, PARTS)
+    plot = _plotter(plot_file)
+    record = Record.read(from_file) if from_file else _measure(parts or list(PARTS), choice, tune, json_file)
+    console = Console()
+    for table in tables(record):
+        console.print(table)
+    plot(record)
+
+
+def _measure(parts: Sequence[str], choice: Choice, tune: Path | None, json_file: Path | None) -> Record:
+    """Measure parts, or tune, writing every row as soon as it is there: a run may be cut short."""
     import torch
 
-    from quarot_fx.bench.shapes import TOKENS, distinct_shapes
+    from quarot_fx.bench.record import Record
     from quarot_fx.cli.environment import describe_environment
 
+    planned = [(part, PARTS[part](choice)) for part in parts]
     if not torch.cuda.is_available():
         raise NoGPUError
-    asked = parts.split(",")
-    if unknown := set(asked) - set(PARTS):
-        raise OptionError(name="parts", value=parts, reason=f"{', '.join(unknown)}: known are {', '.join(PARTS)}")
-    counts = tuple(map(int, tokens.split(","))) if tokens else TOKENS
-    weights = [_parse_shape(shape) for shape in shapes.split(",")] if shapes else list(distinct_shapes())
-
+    record = Record({"command": shlex.join(["quarot-fx", *sys.argv[1:]]), **describe_environment("cuda")})
     if tune:
-        from quarot_fx.bench import tune as search
+        tune.write_text(_tuned(choice), encoding="utf-8")
+        return record
+    with Console(stderr=True).status("") as status:
+        for part, rows in planned:
+            status.update(part)
+            for name, row in rows:
+                getattr(record, name).append(row)
+                status.update(f"{part}: {row}")
+                if json_file:
+                    record.write(json_file)
+    return record
 
-        table = search.tune(weights, counts if tokens else search.TOKENS)
-        tune.write_text(_table_text(table), encoding="utf-8")
-        return
 
-    record: dict[str, Any] = {"command": shlex.join(["quarot-fx", *sys.argv[1:]]), **describe_environment("cuda")}
-    console = Console()
-    if "matmul" in asked:
+# -- parts -----------------------------------------------------------------------------------------
+
+
+def _matmul(choice: Choice) -> Rows:
+    from quarot_fx.bench.peers import PACKAGES, check_peers
+    from quarot_fx.bench.shapes import TOKENS, distinct_shapes
+
+    peers = list(PACKAGES) if choice.peers is None else choice.peers
+    check_peers(peers)
+
+    def rows() -> Rows:
         from quarot_fx.bench.matmul import measure_matmuls
+        from quarot_fx.bench.peers import measure_peers
 
-        matmuls = list(measure_matmuls(weights, counts))
-        console.print(_matmul_table(matmuls))
-        record["matmul"] = [{**asdict(time), "speedup": time.speedup} for time in matmuls]
-    if "fused" in asked:
-        from quarot_fx.bench.fused import WIDTHS, measure_fused
+        for shape in choice.shapes or distinct_shapes():
+            products = list(measure_matmuls([shape], choice.tokens or TOKENS))
+            yield from (("matmul", product) for product in products)
+            yield from (("peers", time) for time in measure_peers(peers, products))
 
-        fused = list(measure_fused(WIDTHS, [count for count in counts if count in (1, 16, 2048, 16384)]))
-        console.print(_fused_table(fused))
-        record["fused"] = [asdict(time) for time in fused]
-    if json_file:
-        json_file.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    return rows()
+
+
+def _fused(choice: Choice) -> Rows:
+    from quarot_fx.bench.fused import WIDTHS, measure_fused
+
+    yield from (("fused", time) for time in measure_fused(WIDTHS, choice.tokens or FUSED_ROWS))
+
+
+def _hadamard(choice: Choice) -> Rows:
+    from quarot_fx.bench.hadamard import SHAPES, TOKENS, measure_hadamards
+
+    times = measure_hadamards(choice.shapes or SHAPES, choice.tokens or TOKENS)
+    yield from (("hadamard", time) for time in times)
+
+
+def _layers(choice: Choice) -> Rows:
+    from quarot_fx.bench.models import measure_layers
+
+    return _decoders("layers", measure_layers, choice)
+
+
+def _models(choice: Choice) -> Rows:
+    from quarot_fx.bench.models import measure_models
+
+    return _decoders("models", measure_models, choice)
+
+
+def _decoders(
+    name: str,
+    measure: Callable[[dict[str, DecoderShape], dict[str, Compile], Workload], Iterator[Any]],
+    choice: Choice,
+) -> Rows:
+    from quarot_fx.bench.models import PHASES, TOKENS, Workload, compilers
+    from quarot_fx.bench.shapes import MODELS
+    from quarot_fx.cli.models import import_extra
+
+    import_extra("transformers", extra="models")
+    phases = choice.phases or PHASES
+    for phase in phases:
+        if phase not in PHASES:
+            raise UnknownOptionError("phase", phase, PHASES)
+    for model in choice.models or ():
+        if model not in MODELS:
+            raise UnknownOptionError("model", model, MODELS)
+    shapes = {model: MODELS[model] for model in choice.models or MODELS}
+    workloads = [Workload(tokens, tuple(phases)) for tokens in choice.tokens or (TOKENS,)]
+    compile_by = compilers(choice.options)
+    return ((name, time) for workload in workloads for time in measure(shapes, compile_by, workload))
+
+
+PARTS: dict[str, Callable[[Choice], Rows]] = {
+    "matmul": _matmul,
+    "fused": _fused,
+    "hadamard": _hadamard,
+    "layers": _layers,
+    "models": _models,
+}
+
+
+# -- what the command line says --------------------------------------------------------------------
+
+
+def _names(text: str) -> list[str]:
+    return [name.strip() for name in text.split(",") if name.strip()]
+
+
+def _numbers(name: str, text: str | None) -> tuple[int, ...] | None:
+    try:
+        return tuple(int(number) for number in _names(text)) if text else None
+    except ValueError:
+        raise OptionError(name=name, value=text, reason="must be numbers separated by commas") from None
 
 
 def _parse_shape(text: str) -> tuple[int, int]:
@@ -77,43 +203,30 @@ def _parse_shape(text: str) -> tuple[int, int]:
     return rows, columns
 
 
-def _matmul_table(times: Sequence[MatmulTime]) -> Table:
-    table = Table(title="W4A4 product with quantisation of its input, against cuBLAS in bfloat16")
-    for column in (
-        "rows x columns",
-        "tokens",
-        "bfloat16 µs",
-        "quantise µs",
-        "product µs",
-        "both µs",
-        "TOP/s",
-        "speed-up",
-    ):
-        table.add_column(column, justify="right")
-    for t in times:
-        numbers = (f"{value:.1f}" for value in (t.bfloat16, t.quantize, t.matmul, t.total))
-        shape = f"{t.rows} x {t.columns}"
-        table.add_row(shape, str(t.tokens), *numbers, f"{t.tera_operations:.0f}", f"{t.speedup:.2f}x")
-    return table
+def _plotter(path: Path | None) -> Callable[[Record], None]:
+    """Return what draws a record; made before anything is measured, since matplotlib may be missing."""
+    if path is None:
+        return lambda record: None
+    from quarot_fx.cli.models import import_extra
+
+    import_extra("matplotlib", extra="bench")
+    from quarot_fx.bench.plot import plot
+
+    return lambda record: plot(record, path)
 
 
-def _fused_table(times: Sequence[FusedTime]) -> Table:
-    table = Table(title="bfloat16 to codes, by the bytes that must be moved")
-    table.add_column("kernel", no_wrap=True)
-    for column in ("rows", "width", "µs", "GB/s", "of a copy"):
-        table.add_column(column, justify="right")
-    for t in times:
-        numbers = (f"{t.microseconds:.1f}", f"{t.gigabytes_per_second:.0f}", f"{t.of_copy:.0%}")
-        table.add_row(t.kernel, str(t.rows), str(t.width), *numbers)
-    return table
+# -- tuning ----------------------------------------------------------------------------------------
 
 
-def _table_text(table: dict[str, list[dict[str, Any]]]) -> str:
-    """Write a table of launch parameters one entry a line, for GPUs with this one's shared memory or more."""
+def _tuned(choice: Choice) -> str:
+    """Search, and return a table of launch parameters, one entry a line, for GPUs with this one's memory or more."""
     import torch
 
+    from quarot_fx.bench.shapes import distinct_shapes
+    from quarot_fx.bench.tune import TOKENS, tune
     from quarot_fx.lowering.triton.device import describe
 
+    table = tune(choice.shapes or list(distinct_shapes()), choice.tokens or TOKENS)
     shared = describe(torch.device("cuda")).shared_bytes
     kernels = (
         f'  "{kernel}": [\n' + ",\n".join(f"    {json.dumps(entry)}" for entry in entries) + "\n  ]"

@@ -1,7 +1,8 @@
 """Affine quantisation in plain PyTorch: x is about (code - zero) * scale, for groups of the last axis.
 
 The ``quarot::`` ops, the clip search and the weight quantisers share these functions. Scales are float32, or
-float64 where x is. A group with a value that is not finite has such a scale, so that decoding shows it.
+float64 where x is. A group with a value that is not finite has such a scale, so that decoding shows it. Nothing is
+written in place: a compiler takes these functions in the place of the ops.
 """
 
 from __future__ import annotations
@@ -61,15 +62,15 @@ def asymmetric_scale(
     groups = split_groups(x, group_count(x, group)).to(torch.promote_types(x.dtype, torch.float32))
     smallest, largest = groups.amin(-1).clamp(max=0) * clip, groups.amax(-1).clamp(min=0) * clip
     scale = _one_where_zero((largest - smallest) / highest)
-    return scale, _to_code((-smallest / scale).round_(), 0, highest, torch.uint8)
+    return scale, _to_code((-smallest / scale).round(), 0, highest, torch.uint8)
 
 
 def encode(x: Tensor, scale: Tensor, zero: Tensor | None, bits: int) -> Tensor:
     """Round x [..., n] to codes [..., n]: int8, or uint8 where there is a zero point."""
     lowest, highest = code_range(bits, signed=zero is None)
-    codes = (split_groups(x, scale.shape[-1]).to(scale.dtype) / scale[..., None]).round_()
+    codes = (split_groups(x, scale.shape[-1]).to(scale.dtype) / scale[..., None]).round()
     if zero is not None:
-        codes += zero[..., None]
+        codes = codes + zero[..., None]
     return _to_code(codes, lowest, highest, torch.int8 if zero is None else torch.uint8).flatten(-2)
 
 
@@ -77,8 +78,8 @@ def decode(codes: Tensor, scale: Tensor, zero: Tensor | None, dtype: torch.dtype
     """Return (codes - zero) * scale in a dtype; the groups follow from the shapes."""
     values = split_groups(codes, scale.shape[-1]).to(scale.dtype)
     if zero is not None:
-        values -= zero[..., None]
-    return values.mul_(scale[..., None]).to(dtype).flatten(-2)
+        values = values - zero[..., None]
+    return (values * scale[..., None]).to(dtype).flatten(-2)
 
 
 def _one_where_zero(scale: Tensor) -> Tensor:
@@ -86,4 +87,4 @@ def _one_where_zero(scale: Tensor) -> Tensor:
 
 
 def _to_code(values: Tensor, lowest: int, highest: int, dtype: torch.dtype) -> Tensor:
-    return values.nan_to_num_(nan=0).clamp_(lowest, highest).to(dtype)
+    return values.nan_to_num(nan=0).clamp(lowest, highest).to(dtype)

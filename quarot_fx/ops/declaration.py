@@ -49,6 +49,7 @@ class OpDeclaration:
             result, by the result's dtype; a dtype that is not named must agree exactly.
         code_flips: fraction of a provider's codes that may be the neighbour of the reference's: a number that lies
             between two codes falls to either side when it is computed in another order.
+        is_traceable: the reference calls functional operators of ATen only, so that a compiler may fuse these.
         providers: by name, in order of preference. Packages that provide implementations add themselves.
     """
 
@@ -58,6 +59,7 @@ class OpDeclaration:
     inputs: Callable[[torch.Generator], Iterator[tuple[Any, ...]]]
     tolerance: Mapping[torch.dtype, float] = field(default_factory=dict)
     code_flips: float = 0.0
+    is_traceable: bool = True
     providers: dict[str, Provider] = field(default_factory=dict)
 
     @property

@@ -53,11 +53,11 @@ def _reference(
         x_part = x[..., part] if zero is None else x[..., part] - _per_group(zero, groups)[..., group, None]
         origin = offset if weight_zero is None else _per_group(weight_zero, groups)[..., group, None]
         product = (x_part @ (w[..., part] - origin).mT).float()  # sums of integers below 2^53: exact
-        result += product * (x_scale[..., group, None] * w_scale[..., group])
+        result = result + product * (x_scale[..., group, None] * w_scale[..., group])
     if bias is not None:
-        result += bias
+        result = result + bias
     if residual is not None:
-        result += residual
+        result = result + residual
     return result.to(dtype)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterator
 from functools import reduce
 from typing import Any
@@ -26,7 +27,7 @@ def regroup_bits(x: Tensor, count: int, bits: int, new_bits: int) -> Tensor:
     """
     fields = pad(x, (0, -x.shape[-1] % count)).unflatten(-1, (-1, count))
     shifted = ((fields[..., i].long() & (2**bits - 1)) << (bits * i) for i in range(count))
-    word = reduce(Tensor.bitwise_or_, shifted)
+    word = reduce(operator.or_, shifted)
     new_fields = [(word >> start) & (2**new_bits - 1) for start in range(0, count * bits, new_bits)]
     return torch.stack(new_fields, -1).flatten(-2)
 

@@ -46,6 +46,7 @@ rotate = declare(
         reference=_reference,
         fake=_fake,
         inputs=_inputs,
+        is_traceable=False,  # it makes matrices
         tolerance={torch.float64: 1e-12, torch.float32: 1e-5, **HALF_TOLERANCE},
     )
 )

@@ -1,0 +1,211 @@
+"""Models of well-known shapes with random weights, compiled by Inductor and by quarot: prefill, decode and memory.
+
+A decoder layer is what a model of three layers takes longer than one of one, by two. So measured, it stands where it
+stands in a model: the basis of the residual stream costs it nothing, and neither embedding nor output head is counted.
+"""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import partial
+from time import perf_counter
+from typing import Any
+
+import torch
+from torch import nn
+from torch._dynamo.utils import counters
+
+from quarot_fx.backend import quarot
+from quarot_fx.bench.memory import Memory
+from quarot_fx.bench.record import ModelTime
+from quarot_fx.bench.shapes import DecoderShape
+from quarot_fx.bench.timing import STEPS, WARM_UPS, milliseconds
+
+PHASES = ("prefill", "decode")
+TOKENS = 2048
+MODE = "reduce-overhead"  # CUDA graphs
+FEW_LAYERS, MORE_LAYERS = 1, 3  # whose difference is a layer's
+OPTIONS: Mapping[str, Any] = {"kv_bits": 16, "free_originals": True}  # the cache is an ordinary one
+CALLS_BEFORE = 3  # of which a CUDA graph is made: the first compiles, the second is recorded
+
+Compile = Callable[[nn.Module], Callable[..., Any]]
+
+
+@dataclass(frozen=True)
+class Workload:
+    """What is run.
+
+    Attributes:
+        tokens: that prefill takes at once, and that the cache holds when decode starts.
+        phases: of ``PHASES``, those to run.
+        device: where.
+        clock: of a step, in milliseconds.
+    """
+
+    tokens: int = TOKENS
+    phases: tuple[str, ...] = PHASES
+    device: str = "cuda"
+    clock: Callable[[Callable[[], object]], float] = milliseconds
+
+
+def compilers(options: Mapping[str, Any]) -> dict[str, Compile]:
+    """Return what compiles a model, by name, both with CUDA graphs; ``options`` are quarot's, besides ``OPTIONS``.
+
+    ``torch.compile`` takes either a mode or options, so quarot gets both by hand.
+    """
+    with_both = partial(quarot, mode=MODE, options={**OPTIONS, **options})
+    return {
+        "bfloat16": partial(torch.compile, mode=MODE, dynamic=False),
+        "quarot": partial(torch.compile, backend=with_both, dynamic=False),
+    }
+
+
+def measure_models(
+    shapes: Mapping[str, DecoderShape], compilers: Mapping[str, Compile], workload: Workload
+) -> Iterator[ModelTime]:
+    """Measure whole models."""
+    for name, shape in shapes.items():
+        for backend, compile_model in compilers.items():
+            yield from measure_model(name, shape, shape.layers, backend, compile_model, workload)
+
+
+def measure_layers(
+    shapes: Mapping[str, DecoderShape], compilers: Mapping[str, Compile], workload: Workload
+) -> Iterator[ModelTime]:
+    """Measure one decoder layer of each shape."""
+    for name, shape in shapes.items():
+        for backend, compile_model in compilers.items():
+            few, more = (
+                list(measure_model(name, shape, layers, backend, compile_model, workload))
+                for layers in (FEW_LAYERS, MORE_LAYERS)
+            )
+            yield from map(one_layer, few, more)
+
+
+def one_layer(few: ModelTime, more: ModelTime) -> ModelTime:
+    """Return what each of the layers takes that ``more`` has and ``few`` has not; what failed, if either did."""
+    if failed := next((time for time in (few, more) if time.reason), None):
+        return replace(failed, layers=1)
+    layers = more.layers - few.layers
+    differences = {
+        name: (getattr(more, name) - getattr(few, name)) / layers for name in ("milliseconds", "compile_seconds")
+    }
+    weights = None
+    if few.weight_bytes is not None and more.weight_bytes is not None:
+        weights = (more.weight_bytes - few.weight_bytes) // layers
+    return replace(more, layers=1, **differences, weight_bytes=weights, peak_bytes=None, compile_peak_bytes=None)
+
+
+def measure_model(
+    name: str, shape: DecoderShape, layers: int, backend: str, compile_model: Compile, workload: Workload
+) -> Iterator[ModelTime]:
+    """Measure each phase of a model of so many layers. What cannot be measured gives a row with the reason."""
+    for phase in workload.phases:
+        yield _measure_phase(ModelTime(name, layers, backend, phase, workload.tokens), shape, compile_model, workload)
+
+
+def _measure_phase(blank: ModelTime, shape: DecoderShape, compile_model: Compile, workload: Workload) -> ModelTime:
+    try:
+        with _forgotten(), torch.no_grad():
+            return _measured(blank, shape, compile_model, workload)
+    except Exception as error:  # out of memory, most of all, and then the rest shall go on
+        return replace(blank, reason=f"{type(error).__name__}: {error}")
+
+
+def random_model(shape: DecoderShape, layers: int, workload: Workload) -> Any:
+    """Return a decoder in bfloat16 in evaluation mode; weights are normal with a deviation of 0.02, and gains are 1."""
+    from transformers import AutoModelForCausalLM
+
+    torch.manual_seed(0)
+    config = shape.config(layers, positions=_cache_length(workload))
+    with torch.device(workload.device):
+        return AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval()
+
+
+def _cache_length(workload: Workload) -> int:
+    """Return the positions of a cache that has room for every step, in whole groups of 128."""
+    steps = CALLS_BEFORE + WARM_UPS + STEPS
+    return 128 * -(-(workload.tokens + steps) // 128)
+
+
+def _measured(blank: ModelTime, shape: DecoderShape, compile_model: Compile, workload: Workload) -> ModelTime:
+    """Measure a model of its own: one that was compiled without a cache has other weights than one with a cache."""
+    memory = Memory(workload.device)
+    model = random_model(shape, blank.layers, workload)
+    compiled = compile_model(model)
+    arguments, cache_bytes = _arguments(blank.phase, model, workload)
+
+    def step() -> None:
+        torch.compiler.cudagraph_mark_step_begin()
+        compiled(**arguments, logits_to_keep=1)
+
+    counters.clear()
+    memory.peak()
+    compile_seconds = _seconds(step, workload.device)
+    compile_peak = memory.peak()
+    for _ in range(CALLS_BEFORE - 1):
+        step()
+    gc.collect()
+    held = memory.held()
+    return replace(
+        blank,
+        milliseconds=workload.clock(step),
+        compile_seconds=compile_seconds,
+        graphs=counters["stats"]["unique_graphs"],
+        cudagraph_skips=counters["inductor"]["cudagraph_skips"],
+        weight_bytes=None if held is None else held - cache_bytes,
+        peak_bytes=memory.peak(),
+        compile_peak_bytes=compile_peak,
+    )
+
+
+def _arguments(phase: str, model: Any, workload: Workload) -> tuple[dict[str, Any], int]:
+    """Return what the model is called with, and the bytes of the cache among it."""
+    ids = torch.randint(model.config.vocab_size, (1, workload.tokens), device=workload.device)
+    if phase == "prefill":
+        return {"input_ids": ids, "use_cache": False}, 0
+    cache = random_cache(model.config, workload)
+    cache_bytes = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
+    return {"input_ids": ids[:, :1].clone(), "past_key_values": cache}, cache_bytes
+
+
+def random_cache(config: Any, workload: Workload) -> Any:
+    """Return a static cache in bfloat16 with random keys and values of so many tokens."""
+    from transformers import StaticCache
+
+    cache: Any = StaticCache(config=config, max_cache_len=_cache_length(workload))
+    head = config.hidden_size // config.num_attention_heads
+    cache.early_initialization(1, config.num_key_value_heads, head, torch.bfloat16, torch.device(workload.device))
+    for layer in cache.layers:
+        layer.keys.normal_()
+        layer.values.normal_()
+        layer.cumulative_length.fill_(workload.tokens)
+    return cache
+
+
+@contextmanager
+def _forgotten() -> Iterator[None]:
+    """Start and end with nothing compiled, and with the memory free that only compiled graphs held."""
+    _forget()
+    try:
+        yield
+    finally:
+        _forget()
+
+
+def _forget() -> None:
+    torch.compiler.reset()
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def _seconds(step: Callable[[], object], device: str) -> float:
+    started = perf_counter()
+    step()
+    if torch.device(device).type == "cuda":
+        torch.cuda.synchronize()
+    return perf_counter() - started

@@ -1,0 +1,196 @@
+"""What was measured: rows by part, with the machine and the command, to JSON and back without a GPU."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from quarot_fx.errors import NotFoundError, OptionError
+
+
+@dataclass(frozen=True)
+class MatmulTime:
+    """Times in microseconds of one product [tokens, columns] x [rows, columns]^T.
+
+    Attributes:
+        bfloat16: ``torch.mm``.
+        quantize: the quantisation of the input alone.
+        matmul: the integer product alone.
+        total: both, one after the other.
+    """
+
+    rows: int
+    columns: int
+    tokens: int
+    bfloat16: float
+    quantize: float
+    matmul: float
+    total: float
+
+    @property
+    def speedup(self) -> float:
+        """How many times faster than bfloat16 the whole is."""
+        return self.bfloat16 / self.total
+
+    @property
+    def tera_operations(self) -> float:
+        """10^12 multiplications and additions a second of the product alone."""
+        return 2e-6 * self.rows * self.columns * self.tokens / self.matmul
+
+
+@dataclass(frozen=True)
+class PeerTime:
+    """Time of the same product by another library, with the quantisation of its input.
+
+    Attributes:
+        peer: library and number format.
+        microseconds: of one call, or ``None`` for the reason that there is none.
+        speedup: over bfloat16 in the same run, likewise.
+        reason: why there is no time.
+    """
+
+    peer: str
+    rows: int
+    columns: int
+    tokens: int
+    microseconds: float | None = None
+    speedup: float | None = None
+    reason: str | None = None
+
+
+@dataclass(frozen=True)
+class FusedTime:
+    """Time of one kernel, and its rate next to that of a copy.
+
+    Attributes:
+        microseconds: of one call.
+        gigabytes_per_second: of the bytes that must be read and written.
+        of_copy: that rate over the rate at which a tensor of this size is copied.
+    """
+
+    kernel: str
+    rows: int
+    width: int
+    microseconds: float
+    gigabytes_per_second: float
+    of_copy: float
+
+
+@dataclass(frozen=True)
+class HadamardTime:
+    """What an online Hadamard transform costs before one product: times in microseconds of quantisation and product.
+
+    Attributes:
+        bfloat16: ``torch.mm`` alone.
+        plain: silu x gate, quantise; then the product.
+        rotated: silu x gate, Hadamard, quantise; then the product.
+    """
+
+    rows: int
+    columns: int
+    tokens: int
+    bfloat16: float
+    plain: float
+    rotated: float
+
+    @property
+    def cost(self) -> float:
+        """The fraction by which the transform makes the whole slower."""
+        return self.rotated / self.plain - 1
+
+
+@dataclass(frozen=True)
+class ModelTime:
+    """Time and memory of a model with random weights, or of one of its decoder layers, in one phase.
+
+    Attributes:
+        model: whose shape it has.
+        layers: how many decoder layers.
+        backend: what compiled it.
+        phase: ``"prefill"``: ``tokens`` at once, without a cache. ``"decode"``: one token after ``tokens`` in a cache.
+        milliseconds: of one call, or ``None`` for the reason that there is none.
+        compile_seconds: the first call, which compiles.
+        graphs: that were compiled for it.
+        cudagraph_skips: times that Inductor declined to make a CUDA graph.
+        weight_bytes: held between calls, without the cache.
+        peak_bytes: allocated at once while it runs.
+        compile_peak_bytes: allocated at once while it compiles.
+        reason: why there is no time.
+    """
+
+    model: str
+    layers: int
+    backend: str
+    phase: str
+    tokens: int
+    milliseconds: float | None = None
+    compile_seconds: float | None = None
+    graphs: int | None = None
+    cudagraph_skips: int | None = None
+    weight_bytes: int | None = None
+    peak_bytes: int | None = None
+    compile_peak_bytes: int | None = None
+    reason: str | None = None
+
+
+@dataclass
+class Record:
+    """The rows of every part that was run.
+
+    Attributes:
+        environment: the command, versions and the device.
+        matmul, peers, fused, hadamard, layers, models: rows.
+    """
+
+    environment: Mapping[str, Any]
+    matmul: list[MatmulTime] = field(default_factory=list)
+    peers: list[PeerTime] = field(default_factory=list)
+    fused: list[FusedTime] = field(default_factory=list)
+    hadamard: list[HadamardTime] = field(default_factory=list)
+    layers: list[ModelTime] = field(default_factory=list)
+    models: list[ModelTime] = field(default_factory=list)
+
+    def write(self, path: Path) -> None:
+        """Write JSON, with what follows from the times next to them."""
+        rows = {name: [_with_properties(row) for row in getattr(self, name)] for name in KINDS if getattr(self, name)}
+        path.write_text(json.dumps({**self.environment, **rows}, indent=1) + "\n", encoding="utf-8")
+
+    @classmethod
+    def read(cls, path: Path) -> Record:
+        """Read what :meth:`write` wrote.
+
+        Raises:
+            NotFoundError: there is no such file.
+            OptionError: the file is something else.
+        """
+        if not path.is_file():
+            raise NotFoundError(kind="file", name=str(path), remedy="Give one that --json wrote.")
+        try:
+            written = json.loads(path.read_text(encoding="utf-8"))
+            rows = {name: [_of(kind, row) for row in written.pop(name, ())] for name, kind in KINDS.items()}
+        except (ValueError, AttributeError, TypeError, KeyError) as error:
+            reason = f"is not a file that --json wrote: {type(error).__name__}: {error}"
+            raise OptionError(name="from", value=str(path), reason=reason) from error
+        return cls(written, **rows)
+
+
+KINDS: dict[str, type[Any]] = {
+    "matmul": MatmulTime,
+    "peers": PeerTime,
+    "fused": FusedTime,
+    "hadamard": HadamardTime,
+    "layers": ModelTime,
+    "models": ModelTime,
+}
+
+
+def _with_properties(row: Any) -> dict[str, Any]:
+    derived = (name for name, value in vars(type(row)).items() if isinstance(value, property))
+    return {**asdict(row), **{name: getattr(row, name) for name in derived}}
+
+
+def _of(kind: type[Any], row: Mapping[str, Any]) -> Any:
+    return kind(**{f.name: row[f.name] for f in fields(kind)})

@@ -1,0 +1,113 @@
+"""A record as tables for a terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+
+from rich.console import RenderableType
+from rich.table import Table
+
+from quarot_fx.bench.record import FusedTime, HadamardTime, MatmulTime, ModelTime, PeerTime, Record
+
+
+def tables(record: Record) -> Iterator[RenderableType]:
+    """Return a table of each part that was run, and after it a line for everything that gave no number."""
+    if record.matmul:
+        yield _matmul_table(record.matmul)
+    if record.peers:
+        yield _peer_table(record.matmul, record.peers)
+        yield from _reasons((time.peer, time.reason) for time in record.peers)
+    if record.fused:
+        yield _fused_table(record.fused)
+    if record.hadamard:
+        yield _hadamard_table(record.hadamard)
+    for title, times in (("one decoder layer", record.layers), ("models with random weights", record.models)):
+        if times:
+            yield _model_table(title, times)
+            yield from _reasons((f"{time.model} {time.phase}, {time.backend}", time.reason) for time in times)
+
+
+def _table(title: str, names: Sequence[str], numbers: Sequence[str]) -> Table:
+    table = Table(title=title)
+    for name in names:
+        table.add_column(name, no_wrap=True)
+    for number in numbers:
+        table.add_column(number, justify="right")
+    return table
+
+
+def _matmul_table(times: Sequence[MatmulTime]) -> Table:
+    numbers = ("tokens", "bfloat16 µs", "quantise µs", "product µs", "both µs", "TOP/s", "speed-up")
+    title = "W4A4 product with quantisation of its input, against cuBLAS in bfloat16"
+    table = _table(title, ("rows x columns",), numbers)
+    for t in times:
+        microseconds = (f"{value:.1f}" for value in (t.bfloat16, t.quantize, t.matmul, t.total))
+        shape = f"{t.rows} x {t.columns}"
+        table.add_row(shape, str(t.tokens), *microseconds, f"{t.tera_operations:.0f}", f"{t.speedup:.2f}x")
+    return table
+
+
+def _peer_table(ours: Sequence[MatmulTime], times: Sequence[PeerTime]) -> Table:
+    """One column for each peer that gave a number at all."""
+    peers = list(dict.fromkeys(time.peer for time in times if time.speedup))
+    speedups = {(time.rows, time.columns, time.tokens, time.peer): time.speedup for time in times}
+    table = _table("the same by other libraries: speed-up over bfloat16", ("rows x columns",), ("tokens", "quarot"))
+    for peer in peers:
+        table.add_column(peer, justify="right")
+    for t in ours:
+        theirs = (speedups.get((t.rows, t.columns, t.tokens, peer)) for peer in peers)
+        cells = (f"{speedup:.2f}x" if speedup else "-" for speedup in (t.speedup, *theirs))
+        table.add_row(f"{t.rows} x {t.columns}", str(t.tokens), *cells)
+    return table
+
+
+def _fused_table(times: Sequence[FusedTime]) -> Table:
+    numbers = ("rows", "width", "µs", "GB/s", "of a copy")
+    table = _table("bfloat16 to codes, by the bytes that must be moved", ("kernel",), numbers)
+    for t in times:
+        cells = (f"{t.microseconds:.1f}", f"{t.gigabytes_per_second:.0f}", f"{t.of_copy:.0%}")
+        table.add_row(t.kernel, str(t.rows), str(t.width), *cells)
+    return table
+
+
+def _hadamard_table(times: Sequence[HadamardTime]) -> Table:
+    numbers = ("tokens", "bfloat16 µs", "without µs", "with µs", "cost")
+    title = "silu x gate, [Hadamard,] quantise, W4A4 product: what the transform costs"
+    table = _table(title, ("rows x columns",), numbers)
+    for t in times:
+        microseconds = (f"{value:.1f}" for value in (t.bfloat16, t.plain, t.rotated))
+        table.add_row(f"{t.rows} x {t.columns}", str(t.tokens), *microseconds, f"{t.cost:+.1%}")
+    return table
+
+
+def _model_table(title: str, times: Sequence[ModelTime]) -> Table:
+    numbers = ("ms", "speed-up", "weights", "peak", "compiled in", "at a peak of", "graphs", "without CUDA graph")
+    table = _table(title, ("model", "phase", "by"), numbers)
+    found = speedups(times)
+    for t in times:
+        phase = f"{t.phase} {t.tokens}"
+        if t.milliseconds is None:
+            table.add_row(t.model, phase, t.backend, *("-" for _ in numbers))
+            continue
+        speedup = found.get((t.model, t.phase, t.tokens, t.backend))
+        table.add_row(
+            t.model, phase, t.backend, f"{t.milliseconds:.2f}", f"{speedup:.2f}x" if speedup else "-",
+            _gibibytes(t.weight_bytes), _gibibytes(t.peak_bytes), f"{t.compile_seconds:.0f} s",
+            _gibibytes(t.compile_peak_bytes), str(t.graphs), str(t.cudagraph_skips),
+        )  # fmt: skip
+    return table
+
+
+def speedups(times: Iterable[ModelTime], baseline: str = "bfloat16") -> dict[tuple[str, str, int, str], float]:
+    """Return how many times faster than the baseline each is, by model, phase, tokens and backend."""
+    measured = {(t.model, t.phase, t.tokens, t.backend): t.milliseconds for t in times if t.milliseconds}
+    slow = {key[:3]: milliseconds for key, milliseconds in measured.items() if key[3] == baseline}
+    return {key: slow[key[:3]] / milliseconds for key, milliseconds in measured.items() if key[:3] in slow}
+
+
+def _gibibytes(count: int | None) -> str:
+    return "-" if count is None else f"{count / 2**30:.2f} GiB"
+
+
+def _reasons(failures: Iterable[tuple[str, str | None]]) -> Iterator[str]:
+    yield from dict.fromkeys(f"{what}: {reason}" for what, reason in failures if reason)
