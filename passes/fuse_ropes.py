@@ -19,6 +19,8 @@ from quarot_fx.program import Program
 from quarot_fx.report import PassReport
 
 aten, quarot = torch.ops.aten, torch.ops.quarot
+PARTLY = "only a part of each head is embedded, and all of it rotated"
+APPENDED = "what is embedded is appended to a cache before all of it is rotated"
 
 
 @dataclass(frozen=True)
@@ -50,7 +52,7 @@ class FuseRopes(Pass):
             rope = next(_ropes(source), None)
             if rope is None:
                 if source.target is aten.cat.default and any(list(_ropes(part)) for part in source.all_input_nodes):
-                    report.decline(module_path(source), "only a part of each head is embedded, and all of it rotated")
+                    report.decline(module_path(source), PARTLY if _is_along_last_axis(source) else APPENDED)
             elif reason := _reason_against(rotate, rope):
                 report.decline(module_path(source), reason)
             else:

@@ -110,6 +110,9 @@ def part(x, cos, sin):
 
 DECLINED = {
     "only a part of each head is embedded, and all of it rotated": part,
+    "what is embedded is appended to a cache before all of it is rotated": (
+        lambda x, cos, sin: rotate(torch.cat((x, rope(x, cos[:, None], sin[:, None])), -2))
+    ),
     "what is embedded has 3 axes, and the kernel takes batch, heads, tokens and size": (
         lambda x, cos, sin: rotate(rope(x[:, 0], cos, sin))
     ),

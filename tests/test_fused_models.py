@@ -1,0 +1,86 @@
+"""Whole models, their nodes fused into ops with kernels: which ops there are then, and that they compute the same."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import pytest
+import torch
+from architectures import ARCHITECTURES, LAYERS, compile_model
+from models import random_token_ids
+
+import quarot_fx
+from quarot_fx.float64 import relative_difference
+
+OPTIONS = {"w_bits": 8, "a_bits": 8, "kv_bits": 8}  # so that one code that flips is seen as little as it should be
+FLIPS = 1e-2
+BY_NAME = {row.model_type: row for row in ARCHITECTURES}
+# Of each layer. Norms: before attention and the MLP. Rotations: after attention and within the MLP.
+EACH = {
+    "llama": {"norm_quantize": 2, "rotate_quantize": 2, "rope_rotate": 2, "int_linear": 4},
+    "qwen3": {"norm_quantize": 2, "rotate_quantize": 2, "rope_rotate": 2, "int_linear": 4},
+    "gemma": {"norm_quantize": 2, "rotate_quantize": 2, "rope_rotate": 2, "int_linear": 4},
+    "gemma2": {"rotate_quantize": 4, "rope_rotate": 2, "int_linear": 4},  # norms are rotated before they are quantised
+    "phi3": {"norm_quantize": 2, "rotate_quantize": 2, "rope_rotate": 2, "int_linear": 4},
+    "phi": {"norm_quantize": 1, "rotate_quantize": 2, "int_linear": 3},  # embeds a part of each head
+    "opt": {"norm_quantize": 2, "rotate_quantize": 2, "int_linear": 4},
+    "gpt2": {"norm_quantize": 2, "rotate_quantize": 2, "int_linear": 4},
+}
+OPS = {"norm_quantize", "rotate_quantize", "rope_rotate", "int_linear", "quantize_activation"}
+
+
+def operators(graph_module):
+    """How often a graph calls each of our ops."""
+    names = [str(node.target).split(".") for node in graph_module.graph.nodes]
+    return Counter(name[1] for name in names if name[0] == "quarot")
+
+
+@pytest.mark.parametrize("name", EACH)
+def test_ops_of_a_model(name):
+    model, ids = BY_NAME[name].build(), random_token_ids(2, 7)
+    fused = quarot_fx.rewrite(model, ids, kernels="reference", **OPTIONS)
+    called = operators(fused)
+    assert {op: called[op] for op in OPS if called[op]} == {op: LAYERS * count for op, count in EACH[name].items()}
+    with torch.no_grad():
+        expected = quarot_fx.rewrite(model, ids, kernels="none", **OPTIONS)(ids)
+        assert relative_difference([fused(ids)[-1]], [expected[-1]]) < FLIPS
+
+
+@pytest.fixture
+def compiled_graphs(monkeypatch):
+    """The rewritten graphs that a nested backend called ``recording`` compiles."""
+    recorded = []
+
+    def recording(graph_module, inputs):
+        recorded.append(graph_module)
+        return torch._dynamo.lookup_backend("aot_eager")(graph_module, inputs)
+
+    torch._dynamo.list_backends()  # entry points are looked for once, and must not be lost with the copies below
+    registry = torch._dynamo.backends.registry
+    for name in ("_COMPILER_FNS", "_BACKENDS"):
+        monkeypatch.setattr(registry, name, dict(getattr(registry, name)))
+    torch._dynamo.register_backend(recording)
+    return recorded
+
+
+def test_sizes_may_change_and_so_may_numbers_of_modules(graphs, compiled_graphs):
+    model = BY_NAME["llama"].build()
+    simulated = compile_model(model, dynamic=True, kernels="none", **OPTIONS)
+    fused = compile_model(model, dynamic=True, kernels="reference", nested_backend="recording", **OPTIONS)
+
+    def logits(length):
+        ids = random_token_ids(2, length)
+        with torch.no_grad():
+            found, expected = (one(ids, use_cache=False).logits for one in (fused, simulated))
+        assert relative_difference([found], [expected]) < FLIPS
+        return found
+
+    logits(7)
+    before = logits(11)
+    assert graphs() == 2  # one of each
+    for graph_module in compiled_graphs:  # Dynamo may start again to make some number static
+        called = operators(graph_module)
+        assert {op: called[op] for op in EACH["llama"]} == {op: LAYERS * count for op, count in EACH["llama"].items()}
+
+    model.model.layers[1].input_layernorm.variance_epsilon = 10.0  # Dynamo makes such numbers symbols
+    assert relative_difference([logits(11)], [before]) > 10 * FLIPS
