@@ -36,7 +36,7 @@ EXAMPLE = Record(
     matmul=PRODUCTS,
     peers=[PeerTime("fast W4A8", 32, 64, 1, 1.0, 4.0), PeerTime("absent", 32, 64, 1, reason="not installed")],
     fused=[FusedTime("quantise", 16, 64, 1.0, 2.0, 0.5)],
-    hadamard=[HadamardTime(32, 64, 16, 8.0, 2.0, 2.5)],
+    hadamard=[HadamardTime(32, 64, 16, 8.0, 1.0, 1.5, 2.0, 2.5)],
     layers=[],
     models=DECODERS,
 )

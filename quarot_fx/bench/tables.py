@@ -71,11 +71,12 @@ def _fused_table(times: Sequence[FusedTime]) -> Table:
 
 
 def _hadamard_table(times: Sequence[HadamardTime]) -> Table:
-    numbers = ("tokens", "bfloat16 µs", "without µs", "with µs", "cost")
+    numbers = ("tokens", "bfloat16 µs", "quantise without µs", "with µs", "and product without µs", "with µs", "cost")
     title = "silu x gate, [Hadamard,] quantise, W4A4 product: what the transform costs"
     table = _table(title, ("rows x columns",), numbers)
     for t in times:
-        microseconds = (f"{value:.1f}" for value in (t.bfloat16, t.plain, t.rotated))
+        columns = (t.bfloat16, t.plain_quantize, t.rotated_quantize, t.plain, t.rotated)
+        microseconds = (f"{value:.1f}" for value in columns)
         table.add_row(f"{t.rows} x {t.columns}", str(t.tokens), *microseconds, f"{t.cost:+.1%}")
     return table
 
