@@ -102,7 +102,7 @@ def test_a_speedup_is_over_the_baseline_of_the_same_phase():
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU to measure")
-@pytest.mark.parametrize("parts", [(), ("fused",), ("models", "layers")])
+@pytest.mark.parametrize("parts", [(), ("fused",), ("models", "layers"), ("--tune", "table.json")])
 def test_measuring_without_a_gpu_is_one_line(parts):
     assert run(*parts, exit_code=1).startswith("error: this measures an NVIDIA GPU")
 
@@ -115,9 +115,11 @@ def test_measuring_without_a_gpu_is_one_line(parts):
         (("models", "--models", "Llama-3-8"), "unknown model 'Llama-3-8'. Did you mean 'Llama-3-8B'?"),
         (("layers", "--phases", "decoding"), "unknown phase 'decoding'. Did you mean 'decode'?"),
         (("models", "--option", "kv_bit=4"), "unknown option 'kv_bit'. Did you mean 'kv_bits'?"),
-        (("matmul", "--tokens", "many"), "option tokens='many': must be numbers"),
+        (("matmul", "--tokens", "16,many"), "option tokens='many': is not a number of tokens"),
         (("matmul", "--shapes", "4096"), "'4096': is not ROWSxCOLUMNS"),
         (("--from", "absent.json"), "found no file 'absent.json'"),
+        (("models", "--from", MEASURED), "measures nothing: name no parts"),
+        (("--tune", "sm_90.json", "--json", "a.json"), "option tune='sm_90.json': measures nothing"),
     ],
 )
 def test_mistakes_are_one_line(arguments, message):
