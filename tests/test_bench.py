@@ -29,7 +29,7 @@ PRODUCTS = [MatmulTime(32, 64, tokens, 4.0, 0.5, 1.5, 2.0) for tokens in (1, 16)
 DECODERS = [
     ModelTime("A", 2, "bfloat16", "prefill", 16, 6.0, 1.0, 1, 0, 2**30, 2**31, 2**31),
     ModelTime("A", 2, "quarot", "prefill", 16, 4.0, 1.0, 1, 0, 2**30, 2**31, 2**31),
-    ModelTime("A", 2, "quarot", "decode", 16, reason="OutOfMemoryError: too large"),
+    ModelTime("A", 2, "quarot", "decode", 16, reason="OutOfMemoryError: too large [/for] this"),
 ]
 EXAMPLE = Record(
     {"command": "quarot-fx bench", "device": "a GPU"},
@@ -132,7 +132,7 @@ def test_a_record_is_shown_without_a_gpu(tmp_path):
     EXAMPLE.write(tmp_path / "record.json")
     output = run("--from", tmp_path / "record.json")
     assert "absent: not installed" in output
-    assert "A decode, quarot: OutOfMemoryError: too large" in output
+    assert "A decode, quarot: OutOfMemoryError: too large [/for] this" in output
     for cell in ("4.00x", "+25.0%", "1.50x", "1.00 GiB"):
         assert cell in output
 

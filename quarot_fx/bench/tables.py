@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator, Sequence
 
 from rich.console import RenderableType
 from rich.table import Table
+from rich.text import Text
 
 from quarot_fx.bench.record import FusedTime, HadamardTime, MatmulTime, ModelTime, PeerTime, Record
 
@@ -110,5 +111,6 @@ def _gibibytes(count: int | None) -> str:
     return "-" if count is None else f"{count / 2**30:.2f} GiB"
 
 
-def _reasons(failures: Iterable[tuple[str, str | None]]) -> Iterator[str]:
-    yield from dict.fromkeys(f"{what}: {reason}" for what, reason in failures if reason)
+def _reasons(failures: Iterable[tuple[str, str | None]]) -> Iterator[Text]:
+    """Return each line once, as it is: another library's message may look like markup."""
+    yield from map(Text, dict.fromkeys(f"{what}: {reason}" for what, reason in failures if reason))

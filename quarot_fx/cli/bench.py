@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
 from rich.console import Console
+from rich.text import Text
 
 from quarot_fx.cli.settings import OptionAssignments, parse_options
 from quarot_fx.errors import NoGPUError, OptionError, UnknownOptionError
@@ -101,7 +102,7 @@ def _measure(parts: Sequence[str], choice: Choice, json_file: Path | None) -> Re
             status.update(part)
             for name, row in rows:
                 getattr(record, name).append(row)
-                status.update(f"{part}: {row}")
+                status.update(Text(f"{part}: {row}"))
                 if json_file:
                     record.write(json_file)
     return record
