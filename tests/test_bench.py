@@ -29,14 +29,14 @@ PRODUCTS = [MatmulTime(32, 64, tokens, 4.0, 0.5, 1.5, 2.0) for tokens in (1, 16)
 DECODERS = [
     ModelTime("A", 2, "bfloat16", "prefill", 16, 6.0, 1.0, 1, 0, 2**30, 2**31, 2**31),
     ModelTime("A", 2, "quarot", "prefill", 16, 4.0, 1.0, 1, 0, 2**30, 2**31, 2**31),
-    ModelTime("A", 2, "quarot", "decode", 16, reason="OutOfMemoryError: too large"),
+    ModelTime("A", 2, "quarot", "decode", 16, reason="OutOfMemoryError: too large [/for] this"),
 ]
 EXAMPLE = Record(
     {"command": "quarot-fx bench", "device": "a GPU"},
     matmul=PRODUCTS,
     peers=[PeerTime("fast W4A8", 32, 64, 1, 1.0, 4.0), PeerTime("absent", 32, 64, 1, reason="not installed")],
     fused=[FusedTime("quantise", 16, 64, 1.0, 2.0, 0.5)],
-    hadamard=[HadamardTime(32, 64, 16, 8.0, 2.0, 2.5)],
+    hadamard=[HadamardTime(32, 64, 16, 8.0, 1.0, 1.5, 2.0, 2.5)],
     layers=[],
     models=DECODERS,
 )
@@ -102,7 +102,7 @@ def test_a_speedup_is_over_the_baseline_of_the_same_phase():
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU to measure")
-@pytest.mark.parametrize("parts", [(), ("fused",), ("models", "layers")])
+@pytest.mark.parametrize("parts", [(), ("fused",), ("models", "layers"), ("--tune", "table.json")])
 def test_measuring_without_a_gpu_is_one_line(parts):
     assert run(*parts, exit_code=1).startswith("error: this measures an NVIDIA GPU")
 
@@ -115,9 +115,11 @@ def test_measuring_without_a_gpu_is_one_line(parts):
         (("models", "--models", "Llama-3-8"), "unknown model 'Llama-3-8'. Did you mean 'Llama-3-8B'?"),
         (("layers", "--phases", "decoding"), "unknown phase 'decoding'. Did you mean 'decode'?"),
         (("models", "--option", "kv_bit=4"), "unknown option 'kv_bit'. Did you mean 'kv_bits'?"),
-        (("matmul", "--tokens", "many"), "option tokens='many': must be numbers"),
+        (("matmul", "--tokens", "16,many"), "option tokens='many': is not a number of tokens"),
         (("matmul", "--shapes", "4096"), "'4096': is not ROWSxCOLUMNS"),
         (("--from", "absent.json"), "found no file 'absent.json'"),
+        (("models", "--from", MEASURED), "measures nothing: name no parts"),
+        (("--tune", "sm_90.json", "--json", "a.json"), "option tune='sm_90.json': measures nothing"),
     ],
 )
 def test_mistakes_are_one_line(arguments, message):
@@ -130,7 +132,7 @@ def test_a_record_is_shown_without_a_gpu(tmp_path):
     EXAMPLE.write(tmp_path / "record.json")
     output = run("--from", tmp_path / "record.json")
     assert "absent: not installed" in output
-    assert "A decode, quarot: OutOfMemoryError: too large" in output
+    assert "A decode, quarot: OutOfMemoryError: too large [/for] this" in output
     for cell in ("4.00x", "+25.0%", "1.50x", "1.00 GiB"):
         assert cell in output
 

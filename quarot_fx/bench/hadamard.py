@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -25,8 +25,8 @@ def measure_hadamards(
         bfloat16 = measure_bfloat16(rows, columns, {m: x for m, (x, _) in inputs.items()})
         layer = Quantized(rows, columns)
         for m, (x, gate) in inputs.items():
-            plain, rotated = (_through(layer, x, gate, rotation) for rotation in (identity, whole_row))
-            yield HadamardTime(rows, columns, m, bfloat16[m], plain, rotated)
+            plain, rotated = (_times(layer, x, gate, *rotation(columns)) for rotation in (identity, whole_row))
+            yield HadamardTime(rows, columns, m, bfloat16[m], plain[0], rotated[0], plain[1], rotated[1])
 
 
 def whole_row(columns: int) -> tuple[str, int]:
@@ -39,10 +39,11 @@ def identity(columns: int) -> tuple[str, int]:
     return "hadamard-1", columns
 
 
-def _through(layer: Quantized, x: Tensor, gate: Tensor, rotation: Callable[[int], tuple[str, int]]) -> float:
-    name, inner = rotation(x.shape[-1])
+def _times(layer: Quantized, x: Tensor, gate: Tensor, rotation: str, inner: int) -> tuple[float, float]:
+    """Return what the quantisation takes, and what it takes with the product."""
 
-    def run(weight: Tensor) -> Tensor:
-        return layer.multiply(rotate_quantize(x, gate, "silu", name, inner, *SCHEME), weight)
+    def quantize() -> tuple[Tensor, ...]:
+        return rotate_quantize(x, gate, "silu", rotation, inner, *SCHEME)
 
-    return microseconds(run, layer.weights)
+    alone = microseconds(lambda weight: quantize(), layer.weights)
+    return alone, microseconds(lambda weight: layer.multiply(quantize(), weight), layer.weights)

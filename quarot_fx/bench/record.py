@@ -81,18 +81,21 @@ class FusedTime:
 
 @dataclass(frozen=True)
 class HadamardTime:
-    """What an online Hadamard transform costs before one product: times in microseconds of quantisation and product.
+    """What an online Hadamard transform costs before one product: times in microseconds.
 
     Attributes:
         bfloat16: ``torch.mm`` alone.
-        plain: silu x gate, quantise; then the product.
-        rotated: silu x gate, Hadamard, quantise; then the product.
+        plain_quantize: silu x gate, quantise.
+        rotated_quantize: silu x gate, Hadamard, quantise.
+        plain, rotated: each of them and the product after it.
     """
 
     rows: int
     columns: int
     tokens: int
     bfloat16: float
+    plain_quantize: float
+    rotated_quantize: float
     plain: float
     rotated: float
 

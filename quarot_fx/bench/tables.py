@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator, Sequence
 
 from rich.console import RenderableType
 from rich.table import Table
+from rich.text import Text
 
 from quarot_fx.bench.record import FusedTime, HadamardTime, MatmulTime, ModelTime, PeerTime, Record
 
@@ -71,11 +72,12 @@ def _fused_table(times: Sequence[FusedTime]) -> Table:
 
 
 def _hadamard_table(times: Sequence[HadamardTime]) -> Table:
-    numbers = ("tokens", "bfloat16 µs", "without µs", "with µs", "cost")
+    numbers = ("tokens", "bfloat16 µs", "quantise without µs", "with µs", "and product without µs", "with µs", "cost")
     title = "silu x gate, [Hadamard,] quantise, W4A4 product: what the transform costs"
     table = _table(title, ("rows x columns",), numbers)
     for t in times:
-        microseconds = (f"{value:.1f}" for value in (t.bfloat16, t.plain, t.rotated))
+        columns = (t.bfloat16, t.plain_quantize, t.rotated_quantize, t.plain, t.rotated)
+        microseconds = (f"{value:.1f}" for value in columns)
         table.add_row(f"{t.rows} x {t.columns}", str(t.tokens), *microseconds, f"{t.cost:+.1%}")
     return table
 
@@ -109,5 +111,6 @@ def _gibibytes(count: int | None) -> str:
     return "-" if count is None else f"{count / 2**30:.2f} GiB"
 
 
-def _reasons(failures: Iterable[tuple[str, str | None]]) -> Iterator[str]:
-    yield from dict.fromkeys(f"{what}: {reason}" for what, reason in failures if reason)
+def _reasons(failures: Iterable[tuple[str, str | None]]) -> Iterator[Text]:
+    """Return each line once, as it is: another library's message may look like markup."""
+    yield from map(Text, dict.fromkeys(f"{what}: {reason}" for what, reason in failures if reason))

@@ -8,10 +8,11 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
 from rich.console import Console
+from rich.text import Text
 
 from quarot_fx.cli.settings import OptionAssignments, parse_options
 from quarot_fx.errors import NoGPUError, OptionError, UnknownOptionError
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from quarot_fx.bench.shapes import DecoderShape
 
 FUSED_ROWS = (1, 16, 2048, 16384)
+T = TypeVar("T")
 Rows = Iterator[tuple[str, Any]]  # with the name of the list in the record that each belongs to
 
 
@@ -29,7 +31,7 @@ Rows = Iterator[tuple[str, Any]]  # with the name of the list in the record that
 class Choice:
     """What the command line picks of everything that could be measured; ``None`` leaves it to the part."""
 
-    tokens: tuple[int, ...] | None
+    tokens: list[int] | None
     shapes: list[tuple[int, int]] | None
     peers: list[str] | None
     models: list[str] | None
@@ -59,47 +61,58 @@ def bench(
     from quarot_fx.bench.tables import tables
 
     choice = Choice(
-        _numbers("tokens", tokens),
-        None if shapes is None else [_parse_shape(shape) for shape in _names(shapes)],
-        None if peers is None else _names(peers),
-        None if models is None else _names(models),
-        None if phases is None else _names(phases),
-        parse_options(option or ()),
+        tokens=_list(tokens, _parse_tokens),
+        shapes=_list(shapes, _parse_shape),
+        peers=_list(peers, str),
+        models=_list(models, str),
+        phases=_list(phases, str),
+        options=parse_options(option or ()),
     )
     for part in parts or ():
         if part not in PARTS:
             raise UnknownOptionError("part", part, PARTS)
+    if tune:
+        _refuse(parts, json_file, from_file, plot_file, name="tune", value=tune)
+        tune.write_text(_tuned(choice), encoding="utf-8")
+        return
     plot = _plotter(plot_file)
-    record = Record.read(from_file) if from_file else _measure(parts or list(PARTS), choice, tune, json_file)
+    if from_file:
+        _refuse(parts, json_file, name="from", value=from_file)
+        record = Record.read(from_file)
+    else:
+        record = _measure(parts or list(PARTS), choice, json_file)
     console = Console()
     for table in tables(record):
         console.print(table)
     plot(record)
 
 
-def _measure(parts: Sequence[str], choice: Choice, tune: Path | None, json_file: Path | None) -> Record:
-    """Measure parts, or tune, writing every row as soon as it is there: a run may be cut short."""
-    import torch
-
+def _measure(parts: Sequence[str], choice: Choice, json_file: Path | None) -> Record:
+    """Measure parts, writing every row as soon as it is there: a run may be cut short."""
+    from quarot_fx.bench.peers import PACKAGES
     from quarot_fx.bench.record import Record
     from quarot_fx.cli.environment import describe_environment
 
     planned = [(part, PARTS[part](choice)) for part in parts]
-    if not torch.cuda.is_available():
-        raise NoGPUError
-    record = Record({"command": shlex.join(["quarot-fx", *sys.argv[1:]]), **describe_environment("cuda")})
-    if tune:
-        tune.write_text(_tuned(choice), encoding="utf-8")
-        return record
+    _check_gpu()
+    environment = describe_environment("cuda", others=PACKAGES.values())
+    record = Record({"command": shlex.join(["quarot-fx", *sys.argv[1:]]), **environment})
     with Console(stderr=True).status("") as status:
         for part, rows in planned:
             status.update(part)
             for name, row in rows:
                 getattr(record, name).append(row)
-                status.update(f"{part}: {row}")
+                status.update(Text(f"{part}: {row}"))
                 if json_file:
                     record.write(json_file)
     return record
+
+
+def _check_gpu() -> None:
+    import torch
+
+    if not torch.cuda.is_available():
+        raise NoGPUError
 
 
 # -- parts -----------------------------------------------------------------------------------------
@@ -184,15 +197,22 @@ PARTS: dict[str, Callable[[Choice], Rows]] = {
 # -- what the command line says --------------------------------------------------------------------
 
 
-def _names(text: str) -> list[str]:
-    return [name.strip() for name in text.split(",") if name.strip()]
+def _refuse(*others: object, name: str, value: Path) -> None:
+    """Raise :class:`OptionError` if an option that leaves nothing to measure comes with what is about measuring."""
+    if any(others):
+        reason = "measures nothing: name no parts and no other file with it, but --plot with --from"
+        raise OptionError(name=name, value=str(value), reason=reason)
 
 
-def _numbers(name: str, text: str | None) -> tuple[int, ...] | None:
-    try:
-        return tuple(int(number) for number in _names(text)) if text else None
-    except ValueError:
-        raise OptionError(name=name, value=text, reason="must be numbers separated by commas") from None
+def _list(text: str | None, parse: Callable[[str], T]) -> list[T] | None:
+    """Return what a text names, separated by commas; ``None`` where there is none."""
+    return None if text is None else [parse(item.strip()) for item in text.split(",") if item.strip()]
+
+
+def _parse_tokens(text: str) -> int:
+    if not text.isdecimal() or not int(text):
+        raise OptionError(name="tokens", value=text, reason="is not a number of tokens, 1 or more")
+    return int(text)
 
 
 def _parse_shape(text: str) -> tuple[int, int]:
@@ -226,6 +246,7 @@ def _tuned(choice: Choice) -> str:
     from quarot_fx.bench.tune import TOKENS, tune
     from quarot_fx.lowering.triton.device import describe
 
+    _check_gpu()
     table = tune(choice.shapes or list(distinct_shapes()), choice.tokens or TOKENS)
     shared = describe(torch.device("cuda")).shared_bytes
     kernels = (

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import platform
+from collections.abc import Iterable
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import torch
 
+PACKAGES = ("quarot-fx", "torch", "transformers", "triton")
 
-def describe_environment(device: str) -> dict[str, Any]:
-    """Return versions, the processor that ``device`` names, and the number of threads, for JSON."""
+
+def describe_environment(device: str, others: Iterable[str] = ()) -> dict[str, Any]:
+    """Return versions, of ``others`` too, the processor that ``device`` names, and the number of threads, for JSON."""
     versions = {"python": platform.python_version()}
-    for package in ("quarot-fx", "torch", "transformers", "triton"):
+    for package in dict.fromkeys((*PACKAGES, *others)):
         try:
             versions[package] = version(package)
         except PackageNotFoundError:

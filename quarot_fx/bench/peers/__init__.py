@@ -24,7 +24,7 @@ from quarot_fx.errors import UnknownOptionError
 Linear = Callable[[Tensor], Any]
 Formats = dict[str, tuple[int, Callable[[Tensor], Linear]]]
 
-PACKAGES = {"fp8_rowwise": "torch", "gemlite": "gemlite", "humming": "humming-kernels", "torchao": "torchao"}
+PACKAGES = {"fp8_rowwise": "torch", "gemlite": "gemlite", "torchao": "torchao", "humming": "humming-kernels"}
 NOT_INSTALLED = "not installed"
 
 
