@@ -15,6 +15,7 @@ from torch.fx.node import map_aggregate
 
 from quarot_fx.errors import NonFiniteWeightError
 from quarot_fx.graph import stored_tensor
+from quarot_fx.ops.declaration import reference_of
 from quarot_fx.store import check_not_freed, expression
 
 Known = MutableMapping[fx.Node, Any]
@@ -41,8 +42,11 @@ class Float64Interpreter(fx.Interpreter):
         self._known = known
 
     def call_function(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Call one operator with wide dtypes; factories that name no dtype are widened afterwards."""
-        result = super().call_function(target, map_aggregate(args, widen), map_aggregate(kwargs, widen))
+        """Call one operator with wide dtypes; factories that name no dtype are widened afterwards.
+
+        Kernels take no float64, so that an op that was given to one runs as its reference.
+        """
+        result = super().call_function(reference_of(target), map_aggregate(args, widen), map_aggregate(kwargs, widen))
         return map_aggregate(result, widen)
 
     def run_node(self, n: fx.Node) -> Any:

@@ -12,6 +12,7 @@ from models import random_token_ids
 import quarot_fx
 from quarot_fx.float64 import relative_difference
 
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 OPTIONS = {"w_bits": 8, "a_bits": 8, "kv_bits": 8}  # so that one code that flips is seen as little as it should be
 FLIPS = 1e-2
 BY_NAME = {row.model_type: row for row in ARCHITECTURES}
@@ -43,6 +44,21 @@ def test_ops_of_a_model(name):
     assert {op: called[op] for op in OPS if called[op]} == {op: LAYERS * count for op, count in EACH[name].items()}
     with torch.no_grad():
         expected = quarot_fx.rewrite(model, ids, kernels="none", **OPTIONS)(ids)
+        assert relative_difference([fused(ids)[-1]], [expected[-1]]) < FLIPS
+
+
+@pytest.mark.kernels
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_kernels_agree_with_the_references(name):
+    pytest.importorskip("triton")
+    model, ids = BY_NAME[name].build().to(DEVICE), random_token_ids(1, 5).to(DEVICE)
+    fused = quarot_fx.rewrite(model, ids, **OPTIONS)
+    called = Counter(str(node.target) for node in fused.graph.nodes)
+    assert {op: called[f"quarot_triton.{op}.default"] for op in EACH[name]} == {
+        op: LAYERS * count for op, count in EACH[name].items()
+    }
+    with torch.no_grad():
+        expected = quarot_fx.rewrite(model, ids, kernels="reference", **OPTIONS)(ids)
         assert relative_difference([fused(ids)[-1]], [expected[-1]]) < FLIPS
 
 
@@ -81,6 +97,7 @@ def test_sizes_may_change_and_so_may_numbers_of_modules(graphs, compiled_graphs)
     for graph_module in compiled_graphs:  # Dynamo may start again to make some number static
         called = operators(graph_module)
         assert {op: called[op] for op in EACH["llama"]} == {op: LAYERS * count for op, count in EACH["llama"].items()}
+        assert not graph_module.graph.find_nodes(op="call_function", target=torch.ops.aten.silu.default)
 
     model.model.layers[1].input_layernorm.variance_epsilon = 10.0  # Dynamo makes such numbers symbols
     assert relative_difference([logits(11)], [before]) > 10 * FLIPS

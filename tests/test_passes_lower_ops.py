@@ -1,6 +1,6 @@
 import pytest
 import torch
-from graphs import Lambda, apply, captured, linear, reasons, rewritten, targets, tokens
+from graphs import Lambda, apply, captured, difference, linear, reasons, rewritten, targets, tokens
 from torch.testing import assert_close
 
 from quarot_fx.config import QuarotConfig
@@ -31,6 +31,15 @@ def test_ops_are_given_to_the_provider_that_takes_them():
     assert (INT_LINEAR in called, QUANTIZE in called) == (True, True)
     assert "quarot.pack_weight.default" in called  # computed once, by its reference
     assert_close(result.graph_module(tokens()), program.graph_module(tokens()), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.kernels
+def test_in_float64_an_op_runs_as_its_reference_whoever_it_is_given_to():
+    pytest.importorskip("triton")
+    program = captured(Lambda(lambda m, x: torch.ops.quarot.rotate(m.a(x), "hadamard-12"), a=linear(12)), tokens())
+    result, report = apply(LowerOps(), program, tokens())
+    assert report.matched == 1
+    assert difference(result, program, tokens()) == 0
 
 
 def test_ops_that_no_provider_takes_are_named_with_the_reason():

@@ -81,6 +81,12 @@ class OpDeclaration:
         return getattr(getattr(torch.ops, namespace), self.name).default
 
 
+def reference_of(target: Any) -> Any:
+    """Return the op that runs the reference of one that was given to a provider, and any other callable as it is."""
+    is_given = isinstance(target, torch._ops.OpOverload) and target.namespace.startswith("quarot_")
+    return DECLARATIONS[target._opname].overload if is_given else target
+
+
 def declare(declaration: OpDeclaration) -> torch._ops.OpOverload:
     """Register an op with torch and return the overload that graphs call."""
     _register(LIBRARY, declaration.schema, declaration.reference, declaration.fake)
