@@ -26,7 +26,7 @@ def quarot(
     Args:
         gm: Dynamo's graph; it stays as it is.
         example_inputs: its arguments, parameters included.
-        mode: ``"default"``, ``"reduce-overhead"``, ``"max-autotune"`` or ``"max-autotune-no-cudagraphs"``.
+        mode: what the option of that name means, which it overrules.
         options: fields of :class:`~quarot_fx.config.QuarotConfig`.
 
     Returns:
@@ -34,15 +34,14 @@ def quarot(
         would wrap or even swallow an exception from here, and a user's ``except`` must meet the typed one.
     """
     try:
-        return compile_graph(gm, example_inputs, QuarotConfig.from_options(options), mode)
+        config = QuarotConfig.from_options({**(options or {}), **({} if mode is None else {"mode": mode})})
+        return compile_graph(gm, example_inputs, config)
     except QuarotError as error:
         return _raising(error)
 
 
 @collected_rarely()
-def compile_graph(
-    gm: fx.GraphModule, example_inputs: Sequence[Any], config: QuarotConfig, mode: str | None = None
-) -> Callable[..., Any]:
+def compile_graph(gm: fx.GraphModule, example_inputs: Sequence[Any], config: QuarotConfig) -> Callable[..., Any]:
     """Capture, rewrite and compile one of Dynamo's graphs."""
     from quarot_fx.binding import BoundGraph
     from quarot_fx.capture import capture, is_parameter
@@ -51,7 +50,7 @@ def compile_graph(
     from quarot_fx.store import SHARED
     from quarot_fx.training import check_evaluation_mode
 
-    check_nested_backend(config.nested_backend, mode)
+    check_nested_backend(config.nested_backend, config.mode)
     passes = build_pipeline(config)
     placeholders = list(gm.graph.find_nodes(op="placeholder"))
     wants_backward = torch.is_grad_enabled()  # what the caller chose; Dynamo guards on it
@@ -61,7 +60,9 @@ def compile_graph(
     check_evaluation_mode(gm)
     captured = capture(gm, example_inputs)
     graph = BoundGraph(captured, passes, SHARED, config.free_originals, config.check)
-    graph.compile(example_inputs, lambda lifted: compile_nested(lifted, example_inputs, config.nested_backend, mode))
+    graph.compile(
+        example_inputs, lambda lifted: compile_nested(lifted, example_inputs, config.nested_backend, config.mode)
+    )
     return graph
 
 

@@ -58,6 +58,8 @@ class QuarotConfig:
         disabled_passes: names of passes to leave out.
         nested_backend: what compiles the rewritten graph: ``"inductor"``, ``"aot_eager"``, ``"eager"`` or any name
             that ``torch.compile`` knows.
+        mode: of the nested backend, as ``torch.compile``'s own, which takes either a mode or options: ``"default"``,
+            ``"reduce-overhead"`` (CUDA graphs), ``"max-autotune"`` or ``"max-autotune-no-cudagraphs"``.
         kernels: which nodes are fused into ops with kernels: ``"auto"``, those that a provider runs on the device at
             hand; ``"reference"``, all, to be run by the ops' references where there is no kernel; or ``"none"``.
         check: after each pass that must not change the output, run both graphs in float64 and compare.
@@ -89,6 +91,7 @@ class QuarotConfig:
     stop_after: str | None = None
     disabled_passes: tuple[str, ...] = ()
     nested_backend: str = "inductor"
+    mode: str | None = None
     kernels: str = "auto"
     check: bool = False
     free_originals: bool = False

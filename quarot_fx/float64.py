@@ -90,22 +90,25 @@ def evaluate(node: fx.Node, known: Known | None = None) -> torch.Tensor:
     if any(leaf.is_meta for leaf in expression(node).leaves):
         val = node.meta["val"]
         return torch.empty(val.shape, dtype=_WIDE.get(val.dtype, val.dtype), device="meta")
-    values: dict[fx.Node, Any] = {}
-
-    def compute(current: fx.Node) -> Any:
-        if current.op == "get_attr":
-            return widen(_finite(current))
-        args, kwargs = fx.map_arg((current.args, current.kwargs), visit)
-        args, kwargs = map_aggregate((args, kwargs), widen)
-        return current.target(*args, **kwargs)  # type: ignore[operator]
-
-    def visit(current: fx.Node) -> Any:
-        if current not in values:
-            values[current] = _once(current, {} if known is None else known, lambda: compute(current))
-        return values[current]
-
     with torch.no_grad():
-        return visit(node)
+        return _value(node, {}, {} if known is None else known)
+
+
+def _value(node: fx.Node, values: dict[fx.Node, Any], known: Known) -> Any:
+    """Return a node's value; a function of its own, since closures that call each other would keep every value alive
+    until the garbage collector came by.
+    """
+    if node not in values:
+        values[node] = _once(node, known, lambda: _computed(node, values, known))
+    return values[node]
+
+
+def _computed(node: fx.Node, values: dict[fx.Node, Any], known: Known) -> Any:
+    if node.op == "get_attr":
+        return widen(_finite(node))
+    args, kwargs = fx.map_arg((node.args, node.kwargs), lambda source: _value(source, values, known))
+    args, kwargs = map_aggregate((args, kwargs), widen)
+    return node.target(*args, **kwargs)  # type: ignore[operator]
 
 
 def _finite(node: fx.Node) -> torch.Tensor:

@@ -1,8 +1,13 @@
+import gc
+
 import torch
 from graphs import WIDTH, Decoder, Lambda, apply, captured, ids, linear, rewritten, targets, tokens
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.testing import assert_close
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from quarot_fx.graph import stored_tensor
+from quarot_fx.passes import fold_constants
 from quarot_fx.passes.fold_constants import FoldConstants
 from quarot_fx.passes.fold_gains import FoldGains
 from quarot_fx.passes.quantize_weights import QuantizeWeights
@@ -77,3 +82,38 @@ def test_packed_codes_stay_packed():
     program = rewritten(captured(Decoder(), ids()), QuantizeWeights())
     result, _ = apply(FoldConstants(), program, ids())
     assert targets(result).count("unpack") == targets(program).count("unpack") == 7
+
+
+def test_what_a_constant_is_computed_from_is_freed_at_once(monkeypatch):
+    """A model's worth of intermediate values, in float64, would not fit."""
+    program = rewritten(captured(Decoder(), ids()), QuantizeWeights())
+    made = {}
+    compute = fold_constants.evaluate
+
+    def observed(node, known):
+        with Remembering(made):
+            return compute(node, known)
+
+    monkeypatch.setattr(fold_constants, "evaluate", observed)
+    gc.disable()
+    try:
+        result = FoldConstants()(program)
+        alive = [storage for storage in made if not storage.expired()]
+    finally:
+        gc.enable()
+    held = (*result.graph_module.buffers(), *program.graph_module.parameters(), *program.graph_module.buffers())
+    stored = {StorageWeakRef(tensor.untyped_storage()) for tensor in held}
+    assert len(made) > 2 * len(stored)
+    assert all(storage in stored for storage in alive)
+
+
+class Remembering(TorchDispatchMode):
+    def __init__(self, made):
+        super().__init__()
+        self.made = made
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        if isinstance(result, torch.Tensor):
+            self.made[StorageWeakRef(result.untyped_storage())] = True
+        return result

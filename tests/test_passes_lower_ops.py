@@ -9,28 +9,33 @@ from quarot_fx.passes.lower_ops import LowerOps
 from quarot_fx.passes.quantize_activations import QuantizeActivations
 from quarot_fx.passes.quantize_weights import QuantizeWeights
 
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 INT_LINEAR, QUANTIZE = "quarot_triton.int_linear.default", "quarot_triton.quantize_activation.default"
 
 
-def fused():
+def fused(device="cpu"):
     config = QuarotConfig(kernels="reference")
-    module = Lambda(lambda m, x: torch.ops.quarot.mean_square(m.a(x)), a=linear(12))
+    module = Lambda(lambda m, x: torch.ops.quarot.mean_square(m.a(x)), a=linear(12)).to(device)
     return rewritten(
-        captured(module, tokens()), QuantizeWeights(config), QuantizeActivations(config), FuseIntLinears(config)
+        captured(module, tokens().to(device)),
+        QuantizeWeights(config),
+        QuantizeActivations(config),
+        FuseIntLinears(config),
     )
 
 
 @pytest.mark.kernels
 def test_ops_are_given_to_the_provider_that_takes_them():
     pytest.importorskip("triton")
-    program = fused()
-    result, report = apply(LowerOps(), program, tokens())
+    program = fused(DEVICE)
+    result, report = apply(LowerOps(), program)
     assert report.matched == 2
     assert reasons(report) == ["quarot::mean_square runs as its reference: no provider implements quarot::mean_square"]
     called = [str(node.target) for node in result.graph.nodes]
     assert (INT_LINEAR in called, QUANTIZE in called) == (True, True)
     assert "quarot.pack_weight.default" in called  # computed once, by its reference
-    assert_close(result.graph_module(tokens()), program.graph_module(tokens()), rtol=1e-5, atol=1e-5)
+    x = tokens().to(DEVICE)
+    assert_close(result.graph_module(x), program.graph_module(x), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.kernels

@@ -18,7 +18,6 @@ import torch
 from torch import nn
 from torch._dynamo.utils import counters
 
-from quarot_fx.backend import quarot
 from quarot_fx.bench.memory import Memory
 from quarot_fx.bench.record import ModelTime
 from quarot_fx.bench.shapes import DecoderShape
@@ -52,14 +51,10 @@ class Workload:
 
 
 def compilers(options: Mapping[str, Any]) -> dict[str, Compile]:
-    """Return what compiles a model, by name, both with CUDA graphs; ``options`` are quarot's, besides ``OPTIONS``.
-
-    ``torch.compile`` takes either a mode or options, so quarot gets both by hand.
-    """
-    with_both = partial(quarot, mode=MODE, options={**OPTIONS, **options})
+    """Return what compiles a model, by name, both with CUDA graphs; ``options`` are quarot's, besides ``OPTIONS``."""
     return {
         "bfloat16": partial(torch.compile, mode=MODE, dynamic=False),
-        "quarot": partial(torch.compile, backend=with_both, dynamic=False),
+        "quarot": partial(torch.compile, backend="quarot", options={"mode": MODE, **OPTIONS, **options}, dynamic=False),
     }
 
 
