@@ -8,7 +8,6 @@ from typing import ClassVar
 
 import torch
 from torch import fx
-from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from quarot_fx.aliasing import argument, equal_sizes
 from quarot_fx.graph import FROZEN, Inserter, module_path, value
@@ -19,6 +18,7 @@ from quarot_fx.program import Program
 from quarot_fx.report import PassReport
 
 aten, quarot = torch.ops.aten, torch.ops.quarot
+HEADS, TOKENS = 1, 2  # the axes of queries and keys, as the op takes them
 PARTLY = "only a part of each head is embedded, and all of it rotated"
 APPENDED = "what is embedded is appended to a cache before all of it is rotated"
 
@@ -28,13 +28,24 @@ class Rope:
     """``x * cos + half_turn(x) * sin`` with ``half_turn([a, b]) = [-b, a]``.
 
     Attributes:
-        x: [batch, heads, tokens, size].
-        cos, sin: [batch or 1, 1, tokens, size], or without leading dimensions.
+        x: [batch, heads, tokens, size], or [batch, tokens, heads, size].
+        cos, sin: the same with one head and with a batch or with 1 in its place, or without leading dimensions.
     """
 
     x: fx.Node
     cos: fx.Node
     sin: fx.Node
+
+    def is_of_heads(self, axis: int) -> bool:
+        """Whether cos and sin can be read as if this axis of x, 1 or 2, were that of heads, and the other of tokens."""
+        batch, *_, size = value(self.x).shape
+        tokens = value(self.x).shape[HEADS + TOKENS - axis]
+        for angle in (self.cos, self.sin):
+            shape = [1] * (4 - value(angle).ndim) + list(value(angle).shape)
+            heads = shape.pop(axis)
+            if heads != 1 or not (equal_sizes(shape, (1, tokens, size)) or equal_sizes(shape, (batch, tokens, size))):
+                return False
+        return True
 
 
 @dataclass(frozen=True)
@@ -60,12 +71,15 @@ class FuseRopes(Pass):
 
     def _fuse(self, rotate: fx.Node, rope: Rope, views: tuple[fx.Node, ...], report: PassReport) -> None:
         insert = Inserter(rotate.graph, self.name, rotate)
+        axis = HEADS if rope.is_of_heads(HEADS) else TOKENS
         with rotate.graph.inserting_before(rotate):
-            angles = [_without_heads(insert, angle) for angle in (rope.cos, rope.sin)]
+            x = rope.x if axis == HEADS else insert.call(aten.transpose.int, rope.x, HEADS, TOKENS)
+            angles = [_without_heads(insert, angle, axis) for angle in (rope.cos, rope.sin)]
             fused = insert_fused(
-                insert, self.config, report, quarot.rope_rotate.default, rope.x, *angles, argument(rotate, "rotation")
+                insert, self.config, report, quarot.rope_rotate.default, x, *angles, argument(rotate, "rotation")
             )
             if fused is not None:
+                fused = fused if axis == HEADS else insert.call(aten.transpose.int, fused, HEADS, TOKENS)
                 rotate.replace_all_uses_with(insert_views(insert, fused, views))
 
 
@@ -119,19 +133,17 @@ def _reason_against(rotate: fx.Node, rope: Rope) -> str | None:
         return "a rotation is undone, and the kernel only rotates"
     if x.dtype != val.dtype:
         return f"what is embedded is {x.dtype}, and what is rotated {val.dtype}"
-    for angle in (rope.cos, rope.sin):
-        batch, heads, *table = (1,) * (4 - value(angle).ndim) + tuple(value(angle).shape)
-        is_batch = batch == 1 or statically_known_true(batch == x.shape[0])
-        if not is_batch or heads != 1 or not equal_sizes(table, x.shape[-2:]):
-            return f"the shape of cos or sin, {tuple(value(angle).shape)}, is not [batch or 1, 1, tokens, size]"
+    if not rope.is_of_heads(HEADS) and not rope.is_of_heads(TOKENS):
+        shapes = " and ".join(str(tuple(value(one).shape)) for one in (rope.x, rope.cos))
+        return f"angles are not the same for all heads, and for every token their own: {shapes}"
     return None
 
 
-def _without_heads(insert: Inserter, angle: fx.Node) -> fx.Node:
-    """Return angles [batch or 1, tokens, size]."""
+def _without_heads(insert: Inserter, angle: fx.Node, axis: int) -> fx.Node:
+    """Return angles [batch or 1, tokens, size] of those for one head."""
     angle = before_widening(angle)
-    if angle.target is aten.unsqueeze.default and angle.args[1] in (1, -3):
+    if angle.target is aten.unsqueeze.default and angle.args[1] in (axis, axis - 4):
         return angle.all_input_nodes[0]
-    if value(angle).ndim == 2:
-        return insert.call(aten.unsqueeze.default, angle, 0)
-    return angle if value(angle).ndim == 3 else insert.call(aten.squeeze.dim, angle, 1)
+    for _ in range(4 - value(angle).ndim):
+        angle = insert.call(aten.unsqueeze.default, angle, 0)
+    return insert.call(aten.squeeze.dim, angle, axis)

@@ -9,13 +9,14 @@ from typing import Any
 import torch
 from torch import fx
 
-from quarot_fx.aliasing import equal_sizes
+from quarot_fx.aliasing import argument, equal_sizes
 from quarot_fx.graph import FROZEN, Inserter, is_float, is_tensor, value
 from quarot_fx.passes.readers import CASTS, keeps_last_axis
 
 aten = torch.ops.aten
 RESHAPES = (aten.view.default, aten.reshape.default, aten._unsafe_view.default)  # with the sizes as their argument
 VIEWS = {*RESHAPES, aten.unsqueeze.default, aten.squeeze.dim, aten.flatten.using_ints}
+PERMUTATIONS = {aten.transpose.int, aten.permute.default}
 
 
 def before_casts(node: fx.Node) -> fx.Node:
@@ -60,10 +61,20 @@ def before_views(node: fx.Node) -> tuple[fx.Node, tuple[fx.Node, ...]]:
     views: list[fx.Node] = []
     while True:
         node = before_casts(node)
-        if node.target not in VIEWS or FROZEN in node.meta or not keeps_last_axis(node):
+        if not _arranges_rows(node):
             return node, tuple(reversed(views))
         views.append(node)
         node = node.all_input_nodes[0]
+
+
+def _arranges_rows(node: fx.Node) -> bool:
+    if FROZEN in node.meta:
+        return False
+    if node.target in PERMUTATIONS:
+        last = value(node).ndim - 1
+        places = argument(node, "dims")[last:] if node.target is aten.permute.default else node.args[1:]
+        return (last in [place % (last + 1) for place in places]) == (node.target is aten.permute.default)
+    return node.target in VIEWS and keeps_last_axis(node)
 
 
 def insert_views(insert: Inserter, source: fx.Node, views: tuple[fx.Node, ...]) -> fx.Node:

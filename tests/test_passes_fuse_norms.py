@@ -95,7 +95,11 @@ def test_gains(spelling, dtype):
 
 @pytest.mark.parametrize("scheme", [(4, None, True), (4, 4, False), (8, None, False)])
 def test_rows_may_be_arranged_before_they_are_quantised(scheme):
-    module = Lambda(lambda m, x: operand_of(unit(x).reshape(-1, WIDTH).unsqueeze(0), *scheme))
+    def forward(m, x):
+        rows = unit(x).reshape(-1, WIDTH).unsqueeze(0)
+        return operand_of(rows.transpose(0, 1).reshape(3, 2, 1, WIDTH).permute(1, 2, 0, 3), *scheme)
+
+    module = Lambda(forward)
     result, report = fused(module, tokens())
     assert report.matched == 1
     assert not {"mul", "rsqrt", "quantize_activation"} & set(targets(result))

@@ -76,6 +76,20 @@ def test_keys_are_rotated_before_they_are_repeated():
     assert targets(result) == ["transpose", "rope_rotate", "unsqueeze", "expand"]
 
 
+@pytest.mark.parametrize("count", [1, TOKENS])
+def test_heads_may_come_after_tokens(count):
+    def forward(x, cos, sin):
+        embedded = rope(x.transpose(1, 2), cos[:, :, None], sin[:, :, None])
+        return rotate(embedded.transpose(1, 2))
+
+    result, report = fused(forward, *(tensor[:, :count] for tensor in INPUTS))
+    assert report.matched == 1
+    assert "rotate" not in targets(result)
+    x, *angles, _ = node_named(result, FUSED).args
+    assert x.meta["val"].shape == (BATCH, HEADS, count, SIZE)
+    assert [angle.meta["val"].shape for angle in angles] == [(1, count, SIZE)] * 2
+
+
 def test_other_readers_keep_the_embedding():
     result, report = fused(lambda x, cos, sin: (rotate(y := rope(x, cos[:, None], sin[:, None])), y))
     assert report.matched == 1
@@ -125,10 +139,10 @@ DECLINED = {
     "what is embedded is torch.float32, and what is rotated torch.bfloat16": (
         lambda x, cos, sin: rotate(rope(x, cos[:, None], sin[:, None]).bfloat16()).float()
     ),
-    "the shape of cos or sin, (1, 3, 5, 8), is not [batch or 1, 1, tokens, size]": (
+    "angles are not the same for all heads, and for every token their own: (2, 3, 5, 8) and (1, 3, 5, 8)": (
         lambda x, cos, sin: rotate(rope(x, cos[:, None].repeat(1, HEADS, 1, 1), sin[:, None].repeat(1, HEADS, 1, 1)))
     ),
-    "the shape of cos or sin, (1, 1, 1, 8), is not [batch or 1, 1, tokens, size]": (
+    "angles are not the same for all heads, and for every token their own: (2, 3, 5, 8) and (1, 1, 1, 8)": (
         lambda x, cos, sin: rotate(rope(x, cos[:, None, :1], sin[:, None, :1]))
     ),
 }
