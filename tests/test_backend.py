@@ -224,6 +224,7 @@ def test_inference_mode_and_grad_mode(model):
 
 def test_constants_and_static_caches_are_static_inputs(fresh_dynamo, monkeypatch):
     """What Inductor is told has a fixed address: CUDA graphs copy all else, and refuse to write to it."""
+    from torch._inductor import compile_fx as inductor
     from transformers import AutoModelForCausalLM, LlamaConfig, StaticCache
 
     config = LlamaConfig(
@@ -239,8 +240,7 @@ def test_constants_and_static_caches_are_static_inputs(fresh_dynamo, monkeypatch
         dynamic.extend(set(range(len(example_inputs))) - set(static))
         raise RuntimeError("this is enough")
 
-    compile_fx = torch._inductor.compile_fx.compile_fx
-    monkeypatch.setattr(torch._inductor.compile_fx, "compile_fx", partial(compile_fx, inner_compile=record))
+    monkeypatch.setattr(inductor, "compile_fx", partial(inductor.compile_fx, inner_compile=record))
     compiled = torch.compile(decoder, backend="quarot", options={"kv_bits": 16})
     with pytest.raises(NestedBackendError, match="this is enough"):
         compiled(input_ids=torch.tensor([[1]]), past_key_values=cache)
