@@ -73,6 +73,7 @@ def lift(module: fx.GraphModule) -> Lifted:
         next(iter(graph.nodes)).prepend(node)
     for name in tensors:
         delattr(module, name)
+    module._param_name_to_source = {}  # type: ignore[assignment]  # AOTAutograd looks at sources of Dynamo's graphs only
     module.recompile()
     return Lifted(module, tuple(sorted(live)), tuple(tensors[name] for name in constants))
 

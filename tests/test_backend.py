@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from functools import partial
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from torch import nn
 from torch.testing import FileCheck
 
 import quarot_fx
+from quarot_fx.errors import NestedBackendError
 from quarot_fx.float64 import relative_difference
 
 
@@ -218,3 +220,30 @@ def test_inference_mode_and_grad_mode(model):
     with torch.inference_mode():
         second = function(IDS)
     torch.testing.assert_close(first, second)
+
+
+def test_constants_and_static_caches_are_static_inputs(fresh_dynamo, monkeypatch):
+    """What Inductor is told has a fixed address: CUDA graphs copy all else, and refuse to write to it."""
+    from torch._inductor import compile_fx as inductor
+    from transformers import AutoModelForCausalLM, LlamaConfig, StaticCache
+
+    config = LlamaConfig(
+        vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2
+    )
+    decoder = AutoModelForCausalLM.from_config(config).eval()
+    cache = StaticCache(config=config, max_cache_len=16)
+    cache.early_initialization(1, 2, 16, torch.float32, torch.device("cpu"))
+    static, dynamic = [], []
+
+    def record(gm, example_inputs, **kwargs):
+        static.extend(kwargs["static_input_idxs"])
+        dynamic.extend(set(range(len(example_inputs))) - set(static))
+        raise RuntimeError("this is enough")
+
+    monkeypatch.setattr(inductor, "compile_fx", partial(inductor.compile_fx, inner_compile=record))
+    compiled = torch.compile(decoder, backend="quarot", options={"kv_bits": 16})
+    with pytest.raises(NestedBackendError, match="this is enough"):
+        compiled(input_ids=torch.tensor([[1]]), past_key_values=cache)
+    packed, unpacked = 7 * 2 * 2, 3  # codes and scales of each linear layer; embedding, output head, frequencies
+    of_cache = 3 * 2  # keys, values and length of each layer
+    assert (len(static), dynamic) == (packed + unpacked + of_cache, [0])  # and the token
