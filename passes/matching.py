@@ -16,7 +16,6 @@ from quarot_fx.passes.readers import CASTS, keeps_last_axis
 aten = torch.ops.aten
 RESHAPES = (aten.view.default, aten.reshape.default, aten._unsafe_view.default)  # with the sizes as their argument
 VIEWS = {*RESHAPES, aten.unsqueeze.default, aten.squeeze.dim, aten.flatten.using_ints}
-PERMUTATIONS = {aten.transpose.int, aten.permute.default}
 
 
 def before_casts(node: fx.Node) -> fx.Node:
@@ -37,7 +36,7 @@ def before_widening(node: fx.Node) -> fx.Node:
 
 
 def _elementwise_source(node: fx.Node) -> fx.Node | None:
-    """Return the operand of a node whose result has its operand's elements in their places, up to rounding."""
+    """Return the operand whose elements a node's result has, each in its place, or ``None`` if there is none."""
     if not is_float(node) or FROZEN in node.meta:
         return None
     sources = [source for source in node.all_input_nodes if is_tensor(source)]
@@ -70,10 +69,10 @@ def before_views(node: fx.Node) -> tuple[fx.Node, tuple[fx.Node, ...]]:
 def _arranges_rows(node: fx.Node) -> bool:
     if FROZEN in node.meta:
         return False
-    if node.target in PERMUTATIONS:
-        last = value(node).ndim - 1
-        places = argument(node, "dims")[last:] if node.target is aten.permute.default else node.args[1:]
-        return (last in [place % (last + 1) for place in places]) == (node.target is aten.permute.default)
+    if node.target is aten.permute.default:
+        return argument(node, "dims")[-1] in (-1, value(node).ndim - 1)
+    if node.target is aten.transpose.int:
+        return not {argument(node, "dim0"), argument(node, "dim1")} & {-1, value(node).ndim - 1}
     return node.target in VIEWS and keeps_last_axis(node)
 
 
@@ -92,7 +91,7 @@ def replace_operand(insert: Inserter, operand: fx.Node, fused: fx.Node, views: t
     for part in list(operand.users):
         index = part.args[1]
         result = insert.call(operator.getitem, fused, index)
-        if value(result).shape != (0,):  # there are zero points
+        if value(result).shape != (0,):  # as that of zero points is where there are none
             result = insert_views(insert, result, views)
         part.replace_all_uses_with(result)
 
@@ -105,9 +104,9 @@ def operands(node: fx.Node, target: torch._ops.OpOverload) -> Iterator[tuple[fx.
         yield second, first  # type: ignore[misc]
 
 
-def number(argument: Any) -> float | None:
+def number(given: Any) -> float | None:
     """Return the number that an argument is. One that Dynamo made symbolic, such as a module's eps, is guarded on."""
-    known = value(argument)
+    known = value(given)
     if isinstance(known, torch.SymInt | torch.SymFloat):
         return float(known) if known.node.hint is not None else None
     return float(known) if isinstance(known, int | float) else None
