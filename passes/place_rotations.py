@@ -95,9 +95,11 @@ def _candidates(graph: fx.Graph, analysis: Analysis, config: QuarotConfig) -> It
         use = analysis.uses[linear.node, linear.spelling.x]
         yield Candidate("linear", linear.node, linear.parameter, use.axis(-1), worth)
     for read in reads_of_keys_and_values(graph):
+        axis = analysis.uses[read.user, read.place].axis(read.dim)
         if (wanted.k_bits if read.kind == "key" else wanted.v_bits) != UNQUANTIZED_BITS:
-            use = analysis.uses[read.user, read.place]
-            yield Candidate(read.kind, read.user, module_path(read.user), use.axis(read.dim), REQUIRED)
+            yield Candidate(read.kind, read.user, module_path(read.user), axis, REQUIRED)
+        elif read.kind == "value":  # graphs with a cache and without one must agree on the weight that writes it
+            analysis.pin(axis, "values of 16 bits are kept as a cache of the caller's holds them")
 
 
 def _wants_of_writers(graph: fx.Graph, analysis: Analysis, heads: set[int]) -> Iterator[Want]:

@@ -6,6 +6,7 @@ long as some graph holds it, and never outlives its parameters' identity.
 
 from __future__ import annotations
 
+import hashlib
 import weakref
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ from torch import fx
 from torch.utils.weak import WeakIdRef, WeakTensorKeyDictionary
 
 from quarot_fx.errors import OriginalsFreedError
-from quarot_fx.graph import stored_tensor
+from quarot_fx.graph import AUTHOR, PARAMETER, stored_tensor
 
 
 @dataclass(frozen=True)
@@ -105,7 +106,9 @@ def check_not_updated_after_freeing(tensor: torch.Tensor) -> None:
 
 
 def expression(node: fx.Node) -> Expression:
-    """Return how a constant node is made, with the parameters numbered in order of appearance."""
+    """Return how a constant node is made, with the parameters numbered in order of appearance. What a pass stored
+    besides parameters, such as rows to select, is known by its content: every graph has its own.
+    """
     leaves: dict[int, torch.Tensor] = {}
     made: dict[fx.Node, Hashable] = {}
 
@@ -113,6 +116,9 @@ def expression(node: fx.Node) -> Expression:
         if current not in made:
             if current.op == "get_attr":
                 leaf = stored_tensor(current)
+                if AUTHOR in current.meta and PARAMETER not in current.meta and not leaf.is_meta:
+                    made[current] = ("constant", leaf.dtype, leaf.shape, _content(leaf))
+                    return made[current]
                 leaves[id(leaf)] = leaf
                 made[current] = ("parameter", list(leaves).index(id(leaf)))
             else:
@@ -121,6 +127,16 @@ def expression(node: fx.Node) -> Expression:
         return made[current]
 
     return Expression(visit(node), tuple(leaves.values()))
+
+
+_CONTENTS: WeakTensorKeyDictionary = WeakTensorKeyDictionary()  # digests
+
+
+def _content(tensor: torch.Tensor) -> bytes:
+    if tensor not in _CONTENTS:
+        plain = tensor.detach().contiguous().reshape(-1).view(torch.uint8).cpu().numpy()
+        _CONTENTS[tensor] = hashlib.blake2b(plain.tobytes()).digest()
+    return _CONTENTS[tensor]
 
 
 class WeightStore:

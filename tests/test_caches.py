@@ -86,12 +86,15 @@ def test_four_bits_decode_token_by_token_as_at_once(name, kind):
     assert relative_difference([by_token], [at_once]) < 1e-6
 
 
+@pytest.mark.parametrize("kv_bits", [4, 16])
 @pytest.mark.parametrize("name", ["llama", "gpt2"])
-def test_four_bits_are_the_same_with_a_cache_and_without(name):
-    """A cache pins what enters it, and yet the weights that write keys and values are rounded in the same basis."""
+def test_four_bits_are_the_same_with_a_cache_and_without(name, kv_bits):
+    """A cache pins what enters it, and yet the weights that write keys and values are rounded in the same basis: both
+    graphs share them, and the originals are free.
+    """
     model = BY_NAME[name].build().double()
     ids = random_token_ids(BATCH, LENGTH)
-    compiled = compile_model(model)
+    compiled = compile_model(model, kv_bits=kv_bits, free_originals=True)
     with torch.no_grad():
         without_cache = compiled(ids, use_cache=False).logits
     with_cache, _ = generate(compiled, CACHES["static"](model.config), ids)

@@ -62,6 +62,10 @@ class Analysis:
             self._leaves[axis] = self.factors.leaves(axis.tensor.factors[axis.dim] or ())
         return self._leaves[axis]
 
+    def pin(self, axis: Axis, why: str) -> None:
+        """Keep an axis canonical, whatever the rules allow."""
+        self._pins.append(Pin(axis, why))
+
     def positions(self, axis: Axis) -> list[tuple[int, Position]]:
         """Return the factors of an axis with their positions."""
         return [(leaf, Position(*axis, place)) for place, leaf in enumerate(self.leaves(axis))]
