@@ -13,7 +13,10 @@ from torch.fx.node import map_aggregate
 from quarot_fx.graph import value
 from quarot_fx.ops import DECLARATIONS, OpDeclaration, Provider
 
-PACKAGES = ("quarot_fx.lowering.triton",)  # each adds its providers to the declarations as it is imported
+PACKAGES = (
+    "quarot_fx.lowering.triton",
+    "quarot_fx.lowering.aten",
+)  # in order of preference; each adds its providers to the declarations as it is imported
 
 
 @dataclass(frozen=True)
@@ -32,16 +35,20 @@ class Choice:
 
 
 def choose_provider(declaration: OpDeclaration, arguments: Sequence[Any]) -> Choice:
-    """Return the first provider that takes the arguments, fake values among them."""
-    for package in PACKAGES:
-        import_module(package)
+    """Return the first provider that takes the arguments, fake values among them; others' come before ours."""
+    for name in OURS:
+        import_module(f"quarot_fx.lowering.{name}")
     reasons = []
-    for name, provider in declaration.providers.items():
+    for name, provider in sorted(declaration.providers.items(), key=_preference):
         reason = provider.reason_against(*arguments)
         if reason is None:
             return Choice(name, provider, "")
         reasons.append(f"{name}: {reason}")
     return Choice(None, None, "; ".join(reasons) or f"no provider implements quarot::{declaration.name}")
+
+
+def _preference(item: tuple[str, Provider]) -> int:
+    return OURS.index(item[0]) if item[0] in OURS else -1
 
 
 def fake_arguments(arguments: Sequence[Any]) -> tuple[Any, ...]:

@@ -102,7 +102,9 @@ class Rotation:
         with _ordinary_tensors():
             return self.apply(torch.eye(self.order, dtype=torch.float64, device="cpu"))
 
-    def apply(self, x: Tensor, dim: int = -1, inner: int = 1, inverse: bool = False) -> Tensor:
+    def apply(
+        self, x: Tensor, dim: int = -1, inner: int = 1, inverse: bool = False, dtype: torch.dtype | None = None
+    ) -> Tensor:
         """Rotate one axis of a tensor, by a few small matrix products.
 
         Args:
@@ -110,9 +112,10 @@ class Rotation:
             dim: the axis; its size is outer x order x inner, row-major, and Q acts on the middle factor.
             inner: size of the innermost factor.
             inverse: apply Q^T, which undoes Q.
+            dtype: to compute in, and to round to after every factor; float32 at least, if none is given.
 
         Returns:
-            A new contiguous tensor with the shape and dtype of x, computed in float32 at least.
+            A new contiguous tensor with the shape and dtype of x.
 
         Raises:
             RotationSizeError: the axis has no such factors.
@@ -121,7 +124,7 @@ class Rotation:
         dim, order = dim % x.dim(), self.order
         outer = math.prod(x.shape[:dim]) * (x.shape[dim] // (order * inner))
         tail = math.prod(x.shape[dim + 1 :]) * inner
-        y = x.to(torch.promote_types(x.dtype, torch.float32)).reshape(outer, order, tail)
+        y = x.to(dtype or torch.promote_types(x.dtype, torch.float32)).reshape(outer, order, tail)
         if self.kind == "random":
             y = _rotate_axis(y, _random_orthogonal(self, y), inverse)
         elif self.kind == "random-hadamard" and not inverse:
@@ -133,6 +136,11 @@ class Rotation:
         else:
             y = y.clone()  # the identity, too, returns a new tensor
         return y.to(x.dtype).reshape(x.shape).contiguous()
+
+    def prepare(self, device: torch.device, dtype: torch.dtype) -> None:
+        """Make the constant tensors that :meth:`apply` reads, ahead of its first call."""
+        with _ordinary_tensors():
+            self.apply(torch.empty(1, self.order, device=device, dtype=dtype), dtype=dtype)
 
     def check_fits(self, x: Tensor, dim: int = -1, inner: int = 1) -> None:
         """Check that the axis of x is outer x order x inner.

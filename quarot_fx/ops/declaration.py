@@ -50,7 +50,7 @@ class OpDeclaration:
         code_flips: fraction of a provider's codes that may be the neighbour of the reference's: a number that lies
             between two codes falls to either side when it is computed in another order.
         is_traceable: the reference calls functional operators of ATen only, so that a compiler may fuse these.
-        providers: by name, in order of preference. Packages that provide implementations add themselves.
+        providers: by name. Packages that provide implementations add themselves.
     """
 
     schema: str
