@@ -13,7 +13,7 @@ from torch.fx.node import map_aggregate
 from quarot_fx.graph import value
 from quarot_fx.ops import DECLARATIONS, OpDeclaration, Provider
 
-PACKAGES = (
+OURS = ("triton", "aten")  # packages here that add providers as they are imported, in order of preference
     "quarot_fx.lowering.triton",
     "quarot_fx.lowering.aten",
 )  # in order of preference; each adds its providers to the declarations as it is imported
