@@ -14,9 +14,6 @@ from quarot_fx.graph import value
 from quarot_fx.ops import DECLARATIONS, OpDeclaration, Provider
 
 OURS = ("triton", "aten")  # packages here that add providers as they are imported, in order of preference
-    "quarot_fx.lowering.triton",
-    "quarot_fx.lowering.aten",
-)  # in order of preference; each adds its providers to the declarations as it is imported
 
 
 @dataclass(frozen=True)
