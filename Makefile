@@ -18,7 +18,7 @@ test: lint
 
 # The kernels' tests, on the GPU: without one they run in Triton's interpreter, as in `make test`.
 test-gpu: $(VENV)/installed-dev
-	$(BIN)/python -m pytest tests/test_triton_kernels.py
+	$(BIN)/python -m pytest -m kernels
 
 test-slow: $(VENV)/installed-dev
 	$(PYTEST) -m slow

@@ -8,6 +8,7 @@ from quarot_fx.lowering.providers import choose_provider
 from quarot_fx.lowering.triton.device import Device
 from quarot_fx.ops import DECLARATIONS
 
+pytestmark = pytest.mark.kernels
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 HOPPER = Device((9, 0), 232448)
 ROTATE = DECLARATIONS["rotate"]
@@ -34,7 +35,6 @@ def test_rows_that_are_too_long_for_a_kernel(size):
     check_agrees((x, f"hadamard-{size}"))
 
 
-@pytest.mark.kernels
 @pytest.mark.parametrize(("size", "name"), [(4096, "triton"), *((size, "aten") for size in SIZES)])
 def test_it_is_chosen_on_a_gpu_where_there_is_no_kernel(size, name, monkeypatch):
     pytest.importorskip("triton")
