@@ -24,6 +24,7 @@ class LowerOps(Pass):
         "fuse-norms",
         "fuse-rotations",
         "fuse-ropes",
+        "fuse-attention",
     )
     tolerance: ClassVar[float | None] = None  # kernels compute in float32 at most
 

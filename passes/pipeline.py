@@ -16,6 +16,7 @@ from quarot_fx.passes.fold_biases import FoldBiases
 from quarot_fx.passes.fold_constants import FoldConstants
 from quarot_fx.passes.fold_gains import FoldGains
 from quarot_fx.passes.fold_means import FoldMeans
+from quarot_fx.passes.fuse_attention import FuseAttention
 from quarot_fx.passes.fuse_int_linears import FuseIntLinears
 from quarot_fx.passes.fuse_norms import FuseNorms
 from quarot_fx.passes.fuse_ropes import FuseRopes
@@ -53,6 +54,7 @@ DEFAULT_ORDER: tuple[type[Pass], ...] = (
     FuseNorms,
     FuseRotations,
     FuseRopes,
+    FuseAttention,
     LowerOps,
     FoldConstants,
 )

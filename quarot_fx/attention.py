@@ -14,6 +14,7 @@ aten = torch.ops.aten
 FUSED = "aten.scaled_dot_product_attention.default"
 PRODUCTS = ("aten.matmul.default", "aten.bmm.default", "aten.baddbmm.default")
 SOFTMAX = ("aten.softmax.int", "aten._softmax.default", "aten._safe_softmax.default")
+ATTENTION = "quarot_attention"  # node.meta[ATTENTION]: the name of the attention that an op stands for
 REACH = 16  # operators between the scores and the softmax (scale, cap, mask, casts), or after it, at most
 
 
@@ -38,12 +39,17 @@ class Read:
         """What is read."""
         return argument_nodes(self.user)[self.place]
 
+    @property
+    def name(self) -> str:
+        """Name of the node that reads, or of the one that it stands for, as the rotation plan knows it."""
+        return str(self.user.meta.get(ATTENTION, self.user.name))
+
 
 def reads_of_keys_and_values(graph: fx.Graph) -> Iterator[Read]:
     """Yield the reads of keys and values of every attention: fused, or a softmax between two products."""
     constants = Constants(graph)
     for node in graph.nodes:
-        if str(node.target) == FUSED:
+        if str(node.target) == FUSED or ATTENTION in node.meta:
             yield Read("key", node, 1, -1)
             yield Read("value", node, 2, -1)
         elif str(node.target) in SOFTMAX:

@@ -32,7 +32,7 @@ def cover(program: Program) -> Report:
         linears.append(LinearRecord(layer.parameter, layer.w_bits, layer.a_bits, site.rotated, reason, layer.role))
     caches = []
     for read in reads_of_keys_and_values(program.graph):
-        site = sites.get((read.kind, read.user.name), none)
+        site = sites.get((read.kind, read.name), none)
         user, place = before_repetition(read)
         bits = _activation_bits(argument_nodes(user)[place])
         caches.append(CacheRecord(module_path(read.user), read.kind, bits, site.rotated, site.why))

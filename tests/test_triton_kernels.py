@@ -119,8 +119,8 @@ def test_split_products_are_the_same_in_every_run() -> None:
 def test_every_gpu_has_launch_parameters_that_fit_it(
     capability: tuple[int, int], kibibytes: int, is_hopper_like: bool
 ) -> None:
-    found = tiles.table(Device(capability, kibibytes * 1024))
-    for kernel in ("int_gemv", "int_matmul", "int_matmul_float8", "rotate_quantize"):
+    found = tiles.table(Device(capability, kibibytes * 1024, multiprocessors=132))
+    for kernel in ("attend", "int_gemv", "int_matmul", "int_matmul_float8", "rotate_quantize"):
         assert found[kernel]
     assert (len(found["int_matmul"]) > 10) == is_hopper_like
 

@@ -19,10 +19,12 @@ class Device:
     Attributes:
         capability: CUDA's compute capability; that of Ampere for the interpreter, which has no special units.
         shared_bytes: shared memory that one program may have.
+        multiprocessors: how many there are to give programs to; a few for the interpreter, so that work is split.
     """
 
     capability: tuple[int, int]
     shared_bytes: int
+    multiprocessors: int
 
     @property
     def has_tma(self) -> bool:
@@ -35,13 +37,14 @@ class Device:
         return self.capability >= HOPPER
 
 
-INTERPRETER = Device(FIRST_SUPPORTED, 2**30)
+INTERPRETER = Device(FIRST_SUPPORTED, 2**30, multiprocessors=4)
 
 
 @lru_cache
 def _cuda_device(index: int) -> Device:
     properties = torch.cuda.get_device_properties(index)
-    return Device((properties.major, properties.minor), properties.shared_memory_per_block_optin)  # type: ignore[attr-defined]
+    capability, shared_bytes = (properties.major, properties.minor), properties.shared_memory_per_block_optin  # type: ignore[attr-defined]
+    return Device(capability, shared_bytes, properties.multi_processor_count)
 
 
 def describe(device: torch.device) -> Device:

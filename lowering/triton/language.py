@@ -172,6 +172,15 @@ def activate(x, NAME: tl.constexpr):
     return y
 
 
+# -- loops -----------------------------------------------------------------------------------------
+
+
+@triton.jit
+def rounds(count):
+    """Return a number that is not known before a kernel runs as ``range`` takes it; the interpreter's is an array."""
+    return count.handle.data.item() if INTERPRETED else count
+
+
 # -- a kernel's place in a stream ------------------------------------------------------------------
 
 

@@ -17,6 +17,7 @@ from quarot_fx.rotation import Rotation
 LARGEST_ROW = 65536  # elements that one program holds in registers
 FLOATS = (torch.bfloat16, torch.float16, torch.float32)
 LARGEST_HEAD = 256
+MOST_QUERIES = 64  # of the heads that share keys and values: the rows of a program's tile
 LARGEST_INT_SUM = 2**31 // (16 * 8 * 128)  # codes whose products, with the unpacked weight's factor 16, fit int32
 
 
@@ -113,12 +114,29 @@ def _rotate_quantize(
 def _rope_rotate(x: Tensor, cos: Tensor, sin: Tensor, rotation: str) -> str | None:
     if reason := _reason_against_device(x.device) or _reason_against_row(x):
         return reason
-    if x.shape[-1] > LARGEST_HEAD:
-        return f"heads of {x.shape[-1]} elements are larger than {LARGEST_HEAD}"
+    return _reason_against_head(x.shape[-1])
+
+
+def _reason_against_head(size: int) -> str | None:
+    return f"heads of {size} elements are larger than {LARGEST_HEAD}" if size > LARGEST_HEAD else None
+
+
+def _attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> str | None:
+    if reason := _reason_against_device(q.device) or _reason_against_head(max(q.shape[-1], v.shape[-1])):
+        return reason
+    dtypes = [tensor.dtype for tensor in (q, k, v)]
+    if q.dtype not in FLOATS or len(set(dtypes)) > 1:
+        return f"queries, keys and values are {', '.join(map(str, dtypes))}"
+    if mask is not None and mask.dtype not in (*FLOATS, torch.bool):
+        return f"the mask is {mask.dtype}"
+    group = q.shape[1] // k.shape[1]
+    if group * q.shape[2] > MOST_QUERIES:
+        return f"{q.shape[2]} queries of {group} heads that share keys are more than {MOST_QUERIES}"
     return None
 
 
 REASONS: dict[str, Callable[..., str | None]] = {
+    "attend": _attend,
     "int_linear": _int_linear,
     "norm_quantize": _norm_quantize,
     "pack_weight": _pack_weight,

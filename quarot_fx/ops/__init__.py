@@ -1,5 +1,6 @@
 """The operators of a rewritten graph, ``torch.ops.quarot.*``, under short names: one declaration a file."""
 
+from quarot_fx.ops.attend import attend
 from quarot_fx.ops.declaration import DECLARATIONS, OpDeclaration, Provider, declare
 from quarot_fx.ops.dequantize import dequantize
 from quarot_fx.ops.expert_linear import expert_linear
@@ -22,6 +23,7 @@ __all__ = [
     "DECLARATIONS",
     "OpDeclaration",
     "Provider",
+    "attend",
     "declare",
     "dequantize",
     "expert_linear",
