@@ -27,6 +27,8 @@ def model():
 def decode(compiled, config):
     """Return the logits of a prompt and of every token after it, each step with a cache of the user's."""
     cache = StaticCache(config=config, max_cache_len=32)
+    head = config.hidden_size // config.num_attention_heads
+    cache.early_initialization(1, config.num_key_value_heads, head, torch.bfloat16, torch.device("cuda"))
     ids = torch.randint(config.vocab_size, (1, PROMPT + STEPS), generator=torch.Generator().manual_seed(1)).cuda()
     logits = []
     for chunk in ids.split([PROMPT] + [1] * STEPS, dim=1):
