@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -20,17 +20,21 @@ VIEWS = {*RESHAPES, aten.unsqueeze.default, aten.squeeze.dim, aten.flatten.using
 
 def before_casts(node: fx.Node) -> fx.Node:
     """Return what a tensor was before it was cast and copied: the same numbers, not rounded since."""
-    while (source := _elementwise_source(node)) is not None:
-        node = source
-    return node
+    return _before(node, lambda dtype, later: True)
 
 
 def before_widening(node: fx.Node) -> fx.Node:
     """Return what a tensor was before casts to wider types and copies: exactly the same numbers."""
-    while (source := _elementwise_source(node)) is not None:
-        dtype = node.meta["val"].dtype
-        if torch.promote_types(source.meta["val"].dtype, dtype) != dtype:
-            break
+    return _before(node, lambda dtype, later: torch.promote_types(dtype, later) == later)
+
+
+def before_copies(node: fx.Node) -> fx.Node:
+    """Return what a tensor was before copies: exactly the same numbers in the same type."""
+    return _before(node, operator.is_)
+
+
+def _before(node: fx.Node, may_become: Callable[[torch.dtype, torch.dtype], bool]) -> fx.Node:
+    while (source := _elementwise_source(node)) is not None and may_become(value(source).dtype, value(node).dtype):
         node = source
     return node
 
