@@ -134,9 +134,7 @@ def _heads_once(insert: Inserter, node: fx.Node, axis: int) -> fx.Node | None:
     copies = before_copies(source)
     split = _before_expansion(copies, axis + 1)
     sizes = list(value(copies).shape)
-    sizes[axis : axis + 2] = [
-        math.prod(sizes[axis : axis + 2])
-    ]  # a view keeps elements in their order: it merged these
+    sizes[axis : axis + 2] = [math.prod(sizes[axis : axis + 2])]  # views keep elements in order: sizes tell what merged
     is_merged = split is not None and equal_sizes(value(node).shape, sizes)
     return insert.call(aten.squeeze.dim, split, axis + 1) if is_merged else None
 

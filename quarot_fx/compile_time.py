@@ -12,7 +12,7 @@ from torch._ops import OpOverload
 from torch.utils._pytree import tree_leaves
 
 from quarot_fx.aliasing import packet
-from quarot_fx.graph import FROZEN, PARAMETER, is_deterministic, stored_tensor, value, written_tensors
+from quarot_fx.graph import FROZEN, PARAMETER, is_deterministic, value, written_tensors
 
 aten = torch.ops.aten
 LARGEST = 2**30  # bytes of a value that is computed at compile time, at most
@@ -59,22 +59,19 @@ class CompileTimeValues:
         return dict(zip(verdicts, results, strict=True))
 
     def _decide(self, node: fx.Node) -> str | None:
-        if node.op == "placeholder":
-            return f"depends on the input {node.name!r}" if isinstance(value(node), torch.Tensor) else SIZES
-        if node.op == "get_attr":
-            return self._decide_stored(node)
         if isinstance(value(node), torch.SymInt | torch.SymFloat | torch.SymBool):
             return SIZES
-        return next(filter(None, map(self._reasons.__getitem__, node.all_input_nodes)), None) or _reason(node)
+        if node.op == "placeholder":
+            return f"depends on the input {node.name!r}"
+        if node.op == "get_attr" and (PARAMETER in node.meta or node.target in self._written):
+            return f"depends on the stored tensor {node.meta.get(PARAMETER, node.target)!r}"
+        if node.op == "get_attr":  # a literal
+            return _reason_of_values(node)
+        unknown = map(self._reasons.__getitem__, node.all_input_nodes)
+        return next(filter(None, unknown), None) or _reason_of_call(node)
 
-    def _decide_stored(self, node: fx.Node) -> str | None:
-        if PARAMETER in node.meta:
-            return f"depends on the stored tensor {node.meta[PARAMETER]!r}"
-        is_literal = isinstance(stored_tensor(node), torch.Tensor) and node.target not in self._written
-        return _reason_of_values(node) if is_literal else f"depends on the stored {node.target!r}"
 
-
-def _reason(node: fx.Node) -> str | None:
+def _reason_of_call(node: fx.Node) -> str | None:
     if node.op != "call_function" or not (_is_aten(node) or node.target is operator.getitem):
         return f"depends on {node.target}, which is no ATen operator"
     if not is_deterministic(node):

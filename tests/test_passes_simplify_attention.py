@@ -1,10 +1,12 @@
 import pytest
 import torch
+from architectures import compile_model
 from graphs import (
     WIDTH,
     Lambda,
     apply,
     captured,
+    difference,
     linear,
     node_named,
     reasons,
@@ -23,8 +25,11 @@ from quarot_fx import compile_time
 from quarot_fx.aliasing import argument
 from quarot_fx.capture import INPUT
 from quarot_fx.coverage import cover
+from quarot_fx.float64 import relative_difference
 from quarot_fx.inspection import capture_one_graph
+from quarot_fx.passes.place_rotations import PlaceRotations
 from quarot_fx.passes.quantize_caches import QuantizeCaches
+from quarot_fx.passes.rotate import Rotate
 from quarot_fx.passes.simplify_attention import FUSED_KERNELS, SimplifyAttention
 from quarot_fx.store import WeightStore
 
@@ -441,9 +446,43 @@ def test_attention_that_is_written_out_stays():
     assert rest.count("softmax") == 2
 
 
-def test_model_through_the_backend():
-    model, ids = tiny_model("llama"), random_token_ids(2, 16)
-    report = quarot_fx.explain(model, {"input_ids": ids, "use_cache": False}, w_clip=1.0)
+def test_quantised_model_reads_each_head_once():
+    report = quarot_fx.explain(
+        tiny_model("llama"), {"input_ids": random_token_ids(2, 16), "use_cache": False}, w_clip=1
+    )
     simplified = next(one for one in report.passes if one.name == "simplify-attention")
     assert (simplified.matched, simplified.declined) == (4, [])
     assert report.coverage.quantized_keys == report.coverage.quantized_values == 2
+
+
+def test_model_through_the_backend(graphs):
+    model, ids = tiny_model("llama"), random_token_ids(2, 16)
+    compiled = compile_model(model, pipeline="simplify-attention", nested_backend="aot_eager", check=True)
+    with torch.no_grad():
+        logits, expected = (one(ids, use_cache=False).logits for one in (compiled, model))
+    assert relative_difference([logits], [expected]) < 1e-5
+    assert graphs() == 1
+
+
+def test_rotations_are_placed_afterwards_as_before():
+    program = captured(grouped(REPETITIONS["expand and reshape"], mask=lambda: torch.ones(3, 3).tril() > 0), tokens())
+    passes = PlaceRotations(), Rotate()
+    plain, result = rewritten(program, *passes), rewritten(program, SimplifyAttention(), *passes)
+    assert difference(result, program, tokens()) < 1e-9
+    assert [(site.kind, site.rotated) for site in result.plan.sites] == [
+        (site.kind, site.rotated) for site in plain.plan.sites
+    ]
+    quantized = rewritten(result, QuantizeCaches())
+    assert [record.bits for record in cover(quantized).caches] == [4, 4]
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize(("dtype", "matched"), [(torch.bfloat16, 2), (torch.float64, 1)])
+def test_on_a_gpu(dtype, matched):
+    """No fused kernel takes float64."""
+    module = grouped(REPETITIONS["expand and reshape"], mask=lambda: torch.ones(3, 3, device="cuda").tril() > 0)
+    x = tokens().to("cuda", dtype)
+    program = captured(module.to("cuda", dtype), x)
+    result = SimplifyAttention()(program)
+    assert result.reports[-1].matched == matched
+    torch.testing.assert_close(result.graph_module(x), program.graph_module(x))
