@@ -17,6 +17,7 @@ from quarot_fx.graph import FROZEN, PARAMETER, is_deterministic, value, written_
 aten = torch.ops.aten
 LARGEST = 2**30  # bytes of a value that is computed at compile time, at most
 UNINITIALIZED = {aten.empty, aten.empty_strided, aten.empty_permuted}
+ON_INPUT = "depends on the input"
 SIZES = "has sizes that are known only at run time"
 
 T = TypeVar("T")
@@ -62,13 +63,14 @@ class CompileTimeValues:
         if isinstance(value(node), torch.SymInt | torch.SymFloat | torch.SymBool):
             return SIZES
         if node.op == "placeholder":
-            return f"depends on the input {node.name!r}"
+            return f"{ON_INPUT} {node.name!r}"
         if node.op == "get_attr" and (PARAMETER in node.meta or node.target in self._written):
             return f"depends on the stored tensor {node.meta.get(PARAMETER, node.target)!r}"
         if node.op == "get_attr":  # a literal
             return _reason_of_values(node)
-        unknown = map(self._reasons.__getitem__, node.all_input_nodes)
-        return next(filter(None, unknown), None) or _reason_of_call(node)
+        reasons = [reason for source in node.all_input_nodes if (reason := self._reasons[source]) is not None]
+        # What a layer computes depends on its weights, too; the input says more.
+        return min(reasons, key=lambda reason: not reason.startswith(ON_INPUT), default=None) or _reason_of_call(node)
 
 
 def _reason_of_call(node: fx.Node) -> str | None:

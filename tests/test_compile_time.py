@@ -57,14 +57,12 @@ def test_factories_and_literals_are_known(build):
 
 
 def test_what_the_caller_gives_is_not_known(build):
-    x = build.given("x", torch.ones(2))
-    y = build.given("y", 3)
-    values = build.values()
-    assert [values.reason_against(node) for node in list(values._graph.nodes)[:2]] == [
-        "depends on the input 'x'",
-        "depends on the input 'y'",
-    ]
-    del x, y
+    x, weight = build.given("x", torch.ones(2)), build.stored("weight", torch.ones(2), **{PARAMETER: "weight"})
+    assert reason(build, build(aten.mul.Tensor, weight, x)) == "depends on the input 'x'"
+
+
+def test_a_number_that_the_caller_gives_is_not_known(build):
+    assert reason(build, build.given("size", 3)) == "depends on the input 'size'"
 
 
 def test_parameters_and_caches_are_not_known(build):

@@ -1,3 +1,5 @@
+import copy
+
 import pytest
 import torch
 from architectures import compile_model
@@ -7,6 +9,7 @@ from graphs import (
     apply,
     captured,
     difference,
+    fill,
     linear,
     node_named,
     reasons,
@@ -26,6 +29,7 @@ from quarot_fx.aliasing import argument
 from quarot_fx.capture import INPUT
 from quarot_fx.coverage import cover
 from quarot_fx.float64 import relative_difference
+from quarot_fx.graph import FROZEN
 from quarot_fx.inspection import capture_one_graph
 from quarot_fx.passes.place_rotations import PlaceRotations
 from quarot_fx.passes.quantize_caches import QuantizeCaches
@@ -287,8 +291,8 @@ def test_a_single_head_of_keys_and_values():
         lambda t: t.repeat(1, 2, 1, 1),  # all heads in turn, which is another order
         lambda t: t[:, None].expand(-1, 2, -1, -1, -1).reshape(2, 4, -1, 4),  # likewise
         lambda t: torch.cat((t, t), 1),
-        lambda t: t[:, :, :1].expand(-1, -1, 3, -1).repeat_interleave(2, dim=2)[:, :, :3].repeat(1, 2, 1, 1),
-        lambda t: t.repeat_interleave(2, dim=2).reshape(2, 4, 3, 4),
+        lambda t: t.repeat_interleave(2, dim=2).reshape(2, 4, 3, 4),  # tokens, which end up in other heads
+        lambda t: t.repeat_interleave(2, dim=-1).reshape(2, 4, 3, 4),
     ],
 )
 def test_what_repeats_no_head_in_a_row_stays(repeat):
@@ -304,6 +308,25 @@ def test_only_keys_are_repeated():
 
     _, _, report = simplified(grouped(REPETITIONS["repeat_interleave"], tiled), tokens())
     assert reasons(report) == ["heads stay repeated: queries, keys and values do not form groups"]
+
+
+def test_sizes_known_at_run_time():
+    exported = torch.export.export(
+        fill(grouped(REPETITIONS["repeat_interleave"], is_causal=True)),
+        (tokens(),),
+        dynamic_shapes={"args": ({1: torch.export.Dim("length")},)},
+    )
+    result = SimplifyAttention()(exported)
+    expected = "heads stay repeated: attention has sizes that are known only at run time"
+    assert reasons(result.reports[-1]) == [expected]
+
+
+def test_heads_that_are_changed_in_place_later():
+    program = captured(grouped(REPETITIONS["repeat_interleave"]), tokens())
+    for index in range(2):
+        node_named(program, "aten.repeat_interleave.self_int", index).args[0].meta[FROZEN] = "something writes it"
+    result, report = apply(SimplifyAttention(), program, tokens())
+    assert (report.matched, targets(result)) == (0, targets(program))
 
 
 def test_heads_stay_repeated_where_a_mask_stays():
@@ -482,7 +505,7 @@ def test_on_a_gpu(dtype, matched):
     """No fused kernel takes float64."""
     module = grouped(REPETITIONS["expand and reshape"], mask=lambda: torch.ones(3, 3, device="cuda").tril() > 0)
     x = tokens().to("cuda", dtype)
-    program = captured(module.to("cuda", dtype), x)
+    program = captured(copy.deepcopy(module).to("cuda", dtype), x)
     result = SimplifyAttention()(program)
     assert result.reports[-1].matched == matched
     torch.testing.assert_close(result.graph_module(x), program.graph_module(x))
