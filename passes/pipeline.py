@@ -31,6 +31,7 @@ from quarot_fx.passes.quantize_weights import QuantizeWeights
 from quarot_fx.passes.recognize_experts import RecognizeExperts
 from quarot_fx.passes.recognize_norms import RecognizeNorms
 from quarot_fx.passes.rotate import Rotate
+from quarot_fx.passes.simplify_attention import SimplifyAttention
 from quarot_fx.passes.split_packed_linears import SplitPackedLinears
 from quarot_fx.passes.unify_linears import UnifyLinears
 from quarot_fx.program import Program
@@ -54,6 +55,7 @@ DEFAULT_ORDER: tuple[type[Pass], ...] = (
     FuseNorms,
     FuseRotations,
     FuseRopes,
+    SimplifyAttention,
     FuseAttention,
     LowerOps,
     FoldConstants,

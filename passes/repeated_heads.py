@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import fx
 
@@ -20,42 +22,43 @@ def before_repetition(insert: Inserter, repeated: fx.Node) -> fx.Node:
     """
     moves: list[fx.Node] = []
     node, axis = before_copies(repeated), value(repeated).ndim - 3
-    while packet(node) in PERMUTATIONS and FROZEN not in node.meta:
+    while packet(node) in PERMUTATIONS and (source := _source(node)) is not None:
         moves.append(node)
-        node, axis = before_copies(node.all_input_nodes[0]), inverse_permutation(node).index(axis)
-    heads = _heads_once(node, axis) if axis >= 0 else None
-    if heads is None or FROZEN in heads.meta:
+        node, axis = before_copies(source), inverse_permutation(node).index(axis)
+    heads = _heads_once(insert, node, axis) if axis >= 0 else None
+    if heads is None:
         return repeated
     for move in reversed(moves):
         heads = insert.call(move.target, heads, *move.args[1:], **move.kwargs)  # type: ignore[arg-type]
     return heads
 
 
-def _heads_once(node: fx.Node, axis: int) -> fx.Node | None:
+def _heads_once(insert: Inserter, node: fx.Node, axis: int) -> fx.Node | None:
     """Return what a node repeats along an axis, each element several times in a row."""
-    if FROZEN in node.meta:
-        return None
     if node.target is aten.repeat_interleave.self_int:
-        return node.all_input_nodes[0] if argument(node, "dim") in (axis, axis - value(node).ndim) else None
-    if (single := _before_expansion(node, axis)) is not None or node.target not in VIEWS:
-        return single  # the only head there is
-    copies = before_copies(node.all_input_nodes[0])
-    single = _before_expansion(copies, axis + 1)
-    if single is None or single.target not in VIEWS or FROZEN in single.meta:
+        return _source(node) if argument(node, "dim") in (axis, axis - value(node).ndim) else None
+    if (only := _before_expansion(node, axis)) is not None:
+        return only
+    if node.target not in VIEWS or (source := _source(node)) is None:
         return None
-    # These views keep elements in their order, so that sizes tell which axes were split and merged.
-    heads = single.all_input_nodes[0]
-    outer, (count, *inner) = value(heads).shape[:axis], value(heads).shape[axis:]
-    times = value(copies).shape[axis + 1]
-    is_split = equal_sizes(value(copies).shape, (*outer, count, times, *inner))
-    is_merged = equal_sizes(value(node).shape, (*outer, count * times, *inner))
-    return heads if is_split and is_merged else None
+    copies = before_copies(source)
+    split = _before_expansion(copies, axis + 1)
+    sizes = list(value(copies).shape)
+    sizes[axis : axis + 2] = [math.prod(sizes[axis : axis + 2])]  # views keep elements in order: sizes tell what merged
+    is_merged = split is not None and equal_sizes(value(node).shape, sizes)
+    return insert.call(aten.squeeze.dim, split, axis + 1) if is_merged else None
 
 
 def _before_expansion(node: fx.Node, axis: int) -> fx.Node | None:
     """Return what has one element along an axis where a node has copies of it."""
-    if node.target not in EXPANSIONS or FROZEN in node.meta or axis >= value(node).ndim:
+    if node.target not in EXPANSIONS or axis >= value(node).ndim or (source := _source(node)) is None:
         return None
-    source, sizes = node.all_input_nodes[0], list(value(node).shape)
+    sizes = list(value(node).shape)
     sizes[axis] = 1
     return source if equal_sizes(value(source).shape, sizes) else None
+
+
+def _source(node: fx.Node) -> fx.Node | None:
+    """Return the tensor that a node copies or views, unless its content may have changed since."""
+    source = node.all_input_nodes[0]
+    return None if FROZEN in node.meta or FROZEN in source.meta else source

@@ -90,8 +90,9 @@ def _through(node: fx.Node, dim: int) -> int | None:
         return {first: second, second: first}.get(dim, dim)
     if target == "aten.permute.default":
         return int(node.args[1][dim]) % len(shape) - len(shape)  # type: ignore[index,arg-type]
-    keeps = ("aten.expand.default", "aten.unsqueeze.default", "aten.reshape.default", "aten.view.default",
-             "aten.repeat_interleave.self_int", "aten.contiguous.default", "aten.clone.default")  # fmt: skip
+    keeps = ("aten.expand.default", "aten.unsqueeze.default", "aten.squeeze.dim", "aten.reshape.default",
+             "aten.view.default", "aten.repeat_interleave.self_int", "aten.contiguous.default",
+             "aten.clone.default")  # fmt: skip
     if target in keeps and dim == -1 and shape[-1] == origin[-1] and len(origin) >= 3:
         return -1
     return None

@@ -52,6 +52,12 @@ def fake_mode_of(graph: fx.Graph) -> FakeTensorMode:
     return FakeTensorMode(allow_non_fake_inputs=True)
 
 
+def fake_result(node: fx.Node, fake_mode: FakeTensorMode) -> Any:
+    """Return the fake value of a call with the arguments that it has now."""
+    with torch.no_grad(), fake_mode, enable_python_dispatcher():  # which symbolic sizes need
+        return node.target(*map_aggregate(node.args, value), **map_aggregate(node.kwargs, value))  # type: ignore[operator]
+
+
 def module_path(node: fx.Node) -> str:
     """Return where in the user's model a node comes from, such as ``layers.3.mlp.down_proj``."""
     stack = node.meta.get("nn_module_stack")
@@ -78,9 +84,7 @@ class Inserter:
     def call(self, target: Callable[..., Any], *args: Any, **kwargs: Any) -> fx.Node:
         """Insert a call at the graph's current insertion point and return its node."""
         node = self.graph.call_function(target, args, kwargs)
-        with torch.no_grad(), self.fake_mode, enable_python_dispatcher():  # which symbolic sizes need
-            val = target(*map_aggregate(args, value), **map_aggregate(kwargs, value))
-        self._describe(node, val)
+        self._describe(node, fake_result(node, self.fake_mode))
         return node
 
     def constant(self, name: str, tensor: torch.Tensor, parameter: str | None = None) -> fx.Node:
@@ -140,8 +144,7 @@ class Constants:
 
     def __init__(self, graph: fx.Graph) -> None:
         self._known: dict[fx.Node, bool] = {}
-        writes = graph.find_nodes(op="call_function", target=aten.copy_.default)
-        self._written = {node.args[0].target for node in writes if node.args[0].op == "get_attr"}
+        self._written = written_tensors(graph)
         for node in graph.nodes:  # in order, so that no recursion goes deep
             self._known[node] = self._decide(node)
 
@@ -159,9 +162,19 @@ class Constants:
             node.op == "call_function"
             and bool(node.all_input_nodes)
             and all(source in self for source in node.all_input_nodes)
-            and not node.is_impure()
-            and torch.Tag.nondeterministic_seeded not in getattr(node.target, "tags", ())
+            and is_deterministic(node)
         )
+
+
+def written_tensors(graph: fx.Graph) -> set[str]:
+    """Return the names of the stored tensors that a graph writes, such as caches."""
+    writes = graph.find_nodes(op="call_function", target=aten.copy_.default)
+    return {node.args[0].target for node in writes if node.args[0].op == "get_attr"}
+
+
+def is_deterministic(node: fx.Node) -> bool:
+    """Whether a call does nothing but return what follows from its arguments: it writes nothing and draws nothing."""
+    return not node.is_impure() and torch.Tag.nondeterministic_seeded not in getattr(node.target, "tags", ())
 
 
 def parameters_of(node: fx.Node) -> list[str]:
