@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 
 from quarot_fx.bench import peers
 from quarot_fx.bench.models import OPTIONS, Workload, compilers, measure_layers, measure_model, one_layer, random_cache
-from quarot_fx.bench.record import FusedTime, HadamardTime, MatmulTime, ModelTime, PeerTime, Record
+from quarot_fx.bench.record import AttentionTime, FusedTime, HadamardTime, MatmulTime, ModelTime, PeerTime, Record
 from quarot_fx.bench.shapes import MODELS, DecoderShape, distinct_shapes
 from quarot_fx.bench.tables import speedups
 from quarot_fx.cli import app
@@ -36,6 +36,7 @@ EXAMPLE = Record(
     matmul=PRODUCTS,
     peers=[PeerTime("fast W4A8", 32, 64, 1, 1.0, 4.0), PeerTime("absent", 32, 64, 1, reason="not installed")],
     fused=[FusedTime("quantise", 16, 64, 1.0, 2.0, 0.5)],
+    attention=[AttentionTime(2, 64, 32, 2.0, 1.0, 7.0, "a kernel"), AttentionTime(2, 64, None, 2.0, 1.0)],
     hadamard=[HadamardTime(32, 64, 16, 8.0, 1.0, 1.5, 2.0, 2.5)],
     layers=[],
     models=DECODERS,
@@ -82,6 +83,7 @@ def test_a_record_is_read_as_it_was_written(tmp_path):
     written = json.loads((tmp_path / "record.json").read_text())
     assert written["matmul"][0]["speedup"] == 2
     assert written["hadamard"][0]["cost"] == 0.25
+    assert [row["speedup"] for row in written["attention"]] == [3.5, None]
     assert "layers" not in written
 
 
@@ -133,7 +135,7 @@ def test_a_record_is_shown_without_a_gpu(tmp_path):
     output = run("--from", tmp_path / "record.json")
     assert "absent: not installed" in output
     assert "A decode, quarot: OutOfMemoryError: too large [/for] this" in output
-    for cell in ("4.00x", "+25.0%", "1.50x", "1.00 GiB"):
+    for cell in ("4.00x", "3.50x", "none takes this", "+25.0%", "1.50x", "1.00 GiB"):
         assert cell in output
 
 

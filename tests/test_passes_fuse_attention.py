@@ -13,6 +13,7 @@ from quarot_fx.config import QuarotConfig
 from quarot_fx.coverage import cover
 from quarot_fx.float64 import relative_difference
 from quarot_fx.passes.fuse_attention import FuseAttention
+from quarot_fx.passes.lower_ops import LowerOps
 from quarot_fx.passes.place_rotations import PlaceRotations
 from quarot_fx.passes.quantize_caches import QuantizeCaches
 
@@ -174,6 +175,18 @@ def test_without_a_kernel_the_graph_stays(kernels, reason):
     result, report = fused(lambda q, k, v: mix(q, repeat(k), repeat(v)), config=QuarotConfig(kernels=kernels))
     assert (report.matched, reasons(report)) == (0, [reason])
     assert targets(result).count("expand") == 2
+
+
+@pytest.mark.kernels
+def test_a_kernel_attends():
+    pytest.importorskip("triton")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    inputs = [tokens(*shape).to(device) for shape in SHAPES]
+    module = decoder(lambda q, k, v: mix(q, k, v, attn_mask=MASKS["of queries"]().to(device))).to(device)
+    program = captured(module, *inputs)
+    result = rewritten(program, FuseAttention(), LowerOps())
+    assert node_named(result, "quarot_triton.attend.default").users
+    torch.testing.assert_close(result.graph_module(*inputs), program.graph_module(*inputs), rtol=1e-5, atol=1e-4)
 
 
 # -- models ----------------------------------------------------------------------------------------

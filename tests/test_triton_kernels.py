@@ -84,6 +84,40 @@ def test_nan_shows_in_its_row_only(symmetric: bool) -> None:
     assert (codes[1] == 7).all()
 
 
+# -- attention -------------------------------------------------------------------------------------
+
+
+def attention(keys: int) -> list[Any]:
+    """Return queries of two heads, and the keys and values that they share."""
+    generator = torch.Generator().manual_seed(0)
+    q, (k, v) = torch.randn(1, 2, 1, 32, generator=generator), torch.randn(2, 1, 1, keys, 32, generator=generator)
+    return on_device((q, k, v))
+
+
+@pytest.mark.parametrize("programs", [1, 3, 1000])
+def test_keys_may_be_split_among_any_number_of_programs(programs: int) -> None:
+    from quarot_fx.lowering.triton.attend import attend
+
+    arguments = (*attention(3000), None, 0.3)
+    launch = {"KEYS": 16, "PROGRAMS": programs, "num_warps": 4, "num_stages": 2}
+    expected = DECLARATIONS["attend"].reference(*arguments)
+    torch.testing.assert_close(attend(*arguments, launch=launch), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("is_boolean", [True, False])
+def test_keys_and_values_that_a_mask_hides_are_not_read(is_boolean: bool) -> None:
+    q, k, v = attention(1500)
+    place = torch.arange(1500, device=DEVICE)
+    is_read = (place >= 512) & (place < 1024)  # whole blocks of any size that a table names
+    for cache in (k, v):
+        cache[:, :, ~is_read] = torch.nan
+    seen = is_read & (place != 700)
+    mask = seen if is_boolean else torch.where(seen, 0.0, -torch.inf)
+    actual = DECLARATIONS["attend"].providers["triton"].implementation(q, k, v, mask, 0.3)
+    expected = DECLARATIONS["attend"].reference(q, k[:, :, seen], v[:, :, seen], None, 0.3)
+    torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
+
+
 # -- choice of launch parameters -------------------------------------------------------------------
 
 
@@ -143,6 +177,24 @@ def test_reasons_against_a_product(change: dict[str, Any], reason: str) -> None:
              "bias", "residual", "dtype")  # fmt: skip
     args = dict(zip(names, inputs("int_linear")[0], strict=True)) | change
     found = DECLARATIONS["int_linear"].providers["triton"].reason_against(*on_device(tuple(args.values())))
+    assert found is not None
+    assert reason in found
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"q": torch.zeros(2, 4, 3, 64, dtype=torch.float64)}, "queries, keys and values are torch.float64"),
+        ({"k": torch.zeros(2, 2, 5, 64).bfloat16()}, "torch.float32, torch.bfloat16, torch.float32"),
+        ({"q": torch.zeros(2, 4, 3, 512)}, "heads of 512 elements"),
+        ({"q": torch.zeros(2, 4, 33, 64)}, "33 queries of 2 heads that share keys are more than 64"),
+        ({"mask": torch.zeros(5, dtype=torch.int64)}, "the mask is torch.int64"),
+    ],
+)
+def test_reasons_against_attention(change: dict[str, torch.Tensor], reason: str) -> None:
+    k, v = torch.zeros(2, 2, 2, 5, 64)
+    args = {"q": torch.zeros(2, 4, 3, 64), "k": k, "v": v, "mask": None, "scale": 1.0} | change
+    found = DECLARATIONS["attend"].providers["triton"].reason_against(*on_device(tuple(args.values())))
     assert found is not None
     assert reason in found
 

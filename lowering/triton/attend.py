@@ -1,7 +1,8 @@
 """Attention of few queries: keys are split over programs, and a second kernel combines what each made of its part.
 
 All queries of the heads that share keys and values are the rows of one tile, so that every key and value is read once,
-and tensor cores multiply. Keys before the first and after the last one that a mask lets through are not read.
+and tensor cores multiply. Blocks of keys are dealt to the programs in turn, and those before the first and after the
+last one in which a mask leaves anything are not read: of a cache that is not full, each program reads its share.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from quarot_fx.lowering.triton.rotation_matrices import power_of_two_from
 
 MOST_SPLITS = 128
 COMBINED = 4096  # numbers that a program combines: 32 a thread
-SCANNED = tl.constexpr(1024)  # numbers of a mask that a program looks at together
+SCANNED = tl.constexpr(4096)  # numbers of a mask that a program looks at together
 PRECISION = tl.constexpr("ieee")
 
 
@@ -73,7 +74,6 @@ def _attend(
     group,
     queries,
     keys,
-    span,
     stride_q_batch,
     stride_q_head,
     stride_q,
@@ -96,12 +96,11 @@ def _attend(
     KEYS: tl.constexpr,
     EARLY: tl.constexpr,
 ):
-    """Attend to ``span`` keys, ROWS holding the queries of a group of heads; MASK_ROWS is 1 if they share a mask."""
-    split, pair = tl.program_id(0), tl.program_id(1)
+    """Attend to one block of keys in so many. ROWS hold the queries of a group; MASK_ROWS is 1 if they share a mask."""
+    split, splits, pair = tl.program_id(0), tl.num_programs(0), tl.program_id(1)
     batch, kv_head = (pair // kv_heads).to(tl.int64), (pair % kv_heads).to(tl.int64)
     row, column = tl.arange(0, ROWS), tl.arange(0, K_BLOCK)
     is_row = row < group * queries
-    first, last = split * span, tl.minimum((split + 1) * span, keys)  # the keys to attend to
     k_at = k + batch * stride_k_batch + kv_head * stride_k_head
     v_at = v + batch * stride_v_batch + kv_head * stride_v_head
     head = kv_head * group + row // queries
@@ -109,33 +108,36 @@ def _attend(
     wait_for_inputs(EARLY)
     let_dependents_start(EARLY)
     asking = tl.load(q_at[:, None] + column[None, :], mask=is_row[:, None] & (column < K_SIZE)[None, :], other=0)
+    # Of the program's blocks, those that are read.
+    first, last = tl.full((), 0, tl.int32), tl.cdiv(tl.cdiv(keys, KEYS) - split, splits)
     if mask is not None:
         mask_row = tl.arange(0, MASK_ROWS)
         is_mask_row = (mask_row < group * queries)[:, None]
         mask_head = kv_head * group + mask_row // queries
         mask_at = mask + batch * stride_mask_batch + mask_head * stride_mask_head
         mask_at += mask_row % queries * stride_mask_query
-        start, end = first, last
-        first, last = end, start
-        SCANNED_KEYS: tl.constexpr = SCANNED // MASK_ROWS
-        for block in range(rounds(tl.cdiv(end - start, SCANNED_KEYS))):
-            key = start + block * SCANNED_KEYS + tl.arange(0, SCANNED_KEYS)
-            added = _load_mask(mask_at, stride_mask, key, is_mask_row & (key < end)[None, :])
+        first, last = last, first
+        SCANNED_BLOCKS: tl.constexpr = max(SCANNED // (MASK_ROWS * KEYS), 1)
+        for scanned in range(rounds(tl.cdiv(first, SCANNED_BLOCKS))):
+            place = tl.arange(0, SCANNED_BLOCKS * KEYS)
+            block = scanned * SCANNED_BLOCKS + place // KEYS
+            key = (split + block * splits) * KEYS + place % KEYS
+            added = _load_mask(mask_at, stride_mask, key, is_mask_row & (key < keys)[None, :])
             is_attended = added != float("-inf")
-            first = tl.minimum(first, tl.min(tl.where(is_attended, key[None, :], end)))
-            last = tl.maximum(last, tl.max(tl.where(is_attended, key[None, :] + 1, start)))
+            first = tl.minimum(first, tl.min(tl.where(is_attended, block[None, :], first)))
+            last = tl.maximum(last, tl.max(tl.where(is_attended, block[None, :] + 1, 0)))
     maximum = tl.full((ROWS,), float("-inf"), tl.float32)
     total = tl.zeros((ROWS,), tl.float32)
     mixed = tl.zeros((ROWS, V_BLOCK), tl.float32)
-    for block in range(rounds(tl.cdiv(last - first, KEYS))):
-        start = first + block * KEYS
+    for block in range(rounds(first), rounds(last)):
+        start = (split + block * splits) * KEYS
         key = start + tl.arange(0, KEYS)
-        asked = _load_block(k_at, start, last, stride_k, KEYS, K_SIZE, K_BLOCK)
-        told = _load_block(v_at, start, last, stride_v, KEYS, V_SIZE, V_BLOCK)
+        asked = _load_block(k_at, start, keys, stride_k, KEYS, K_SIZE, K_BLOCK)
+        told = _load_block(v_at, start, keys, stride_v, KEYS, V_SIZE, V_BLOCK)
         scores = dot(asking, tl.trans(asked), PRECISION) * scale
         if mask is not None:
-            scores += _load_mask(mask_at, stride_mask, key, is_mask_row & (key < last)[None, :])
-        scores = tl.where((key < last)[None, :], scores, float("-inf"))
+            scores += _load_mask(mask_at, stride_mask, key, is_mask_row & (key < keys)[None, :])
+        scores = tl.where((key < keys)[None, :], scores, float("-inf"))
         larger = tl.maximum(maximum, tl.max(scores, axis=1))
         # Not exp2 of scores that are scaled by log2(e): with the lowest float32 added, as some masks have it, they
         # would become -inf.
@@ -151,7 +153,7 @@ def _attend(
         result = round_to(_quotient(mixed, total[:, None]), y.dtype.element_ty)
         tl.store(y + at[:, None] * V_SIZE + column[None, :], result, mask=is_result)
     else:
-        at = at * tl.num_programs(0) + split
+        at = at * splits + split
         tl.store(partial + at[:, None] * V_SIZE + column[None, :], mixed, mask=is_result)
         tl.store(maxima + at, maximum, mask=is_row)
         tl.store(totals + at, total, mask=is_row)
@@ -202,8 +204,7 @@ def attend(
     launch = dict(launch)
     keys_at_once = launch.pop("KEYS")
     programs = launch.pop("PROGRAMS") * device.multiprocessors
-    span = _span(triton.cdiv(keys, keys_at_once), programs // pairs) * keys_at_once
-    splits = max(1, triton.cdiv(keys, span))
+    splits = _splits(triton.cdiv(keys, keys_at_once), programs // pairs)
     mask_rows, mask_strides = rows, [0] * 4
     if mask is not None:
         mask = mask.expand(batch, heads, queries, keys)
@@ -216,7 +217,7 @@ def attend(
         partial = maxima.new_empty((*maxima.shape, v.shape[-1]))
     early = {"EARLY": device.starts_early, "launch_pdl": device.starts_early}
     _attend[(splits, pairs)](
-        q, k, v, mask, y, partial, maxima, totals, scale, kv_heads, group, queries, keys, span,
+        q, k, v, mask, y, partial, maxima, totals, scale, kv_heads, group, queries, keys,
         *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *mask_strides,
         K_SIZE=size, V_SIZE=v.shape[-1], **blocks, ROWS=rows, MASK_ROWS=mask_rows, KEYS=keys_at_once, **early, **launch,
     )  # fmt: skip
@@ -230,6 +231,7 @@ def attend(
     return y
 
 
-def _span(blocks: int, programs: int) -> int:
-    """Return how many blocks of keys each of so many programs, of the fewest that need be, attends to."""
-    return triton.cdiv(blocks, min(max(programs, 1), MOST_SPLITS)) or 1
+def _splits(blocks: int, programs: int) -> int:
+    """Return how many programs share blocks of keys, so many at most: the fewest for which none has more to do."""
+    each = triton.cdiv(blocks, max(1, min(programs, MOST_SPLITS)))
+    return triton.cdiv(blocks, max(1, each)) or 1

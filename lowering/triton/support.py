@@ -17,7 +17,7 @@ from quarot_fx.rotation import Rotation
 LARGEST_ROW = 65536  # elements that one program holds in registers
 FLOATS = (torch.bfloat16, torch.float16, torch.float32)
 LARGEST_HEAD = 256
-MOST_QUERIES = 64  # of the heads that share keys and values: the rows of a program's tile
+MOST_GROUP_QUERIES = 64  # of the heads that share keys and values: the rows of a program's tile
 LARGEST_INT_SUM = 2**31 // (16 * 8 * 128)  # codes whose products, with the unpacked weight's factor 16, fit int32
 
 
@@ -130,8 +130,8 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) 
     if mask is not None and mask.dtype not in (*FLOATS, torch.bool):
         return f"the mask is {mask.dtype}"
     group = q.shape[1] // k.shape[1]
-    if group * q.shape[2] > MOST_QUERIES:
-        return f"{q.shape[2]} queries of {group} heads that share keys are more than {MOST_QUERIES}"
+    if group * q.shape[2] > MOST_GROUP_QUERIES:
+        return f"{q.shape[2]} queries of {group} heads that share keys are more than {MOST_GROUP_QUERIES}"
     return None
 
 

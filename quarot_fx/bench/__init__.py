@@ -6,6 +6,7 @@
 ``matmul``   integer matrix products, with the quantisation of their input, against bfloat16
 ``peers``    the same products by other libraries
 ``fused``    norms, activations and transforms with quantisation, against a copy
+``attention`` few queries to a cache, against PyTorch's kernels
 ``hadamard`` what an online transform adds to a product
 ``models``   decoder layers and whole models: prefill, decode, memory
 ``record``   what was measured, to JSON and back; ``tables`` and ``plot`` show it

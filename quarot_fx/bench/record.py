@@ -80,6 +80,33 @@ class FusedTime:
 
 
 @dataclass(frozen=True)
+class AttentionTime:
+    """Time of attention of one query in each of ``batch`` sequences to a cache.
+
+    Attributes:
+        keys: that the cache has for each sequence.
+        attended: the first so many of them, by a mask; ``None`` is all of them without a mask.
+        microseconds: of one call.
+        gigabytes_per_second: of the bytes of keys and values that are attended to.
+        pytorch: microseconds of the fastest of PyTorch's kernels, or ``None`` where none takes this.
+        backend: which one that is.
+    """
+
+    batch: int
+    keys: int
+    attended: int | None
+    microseconds: float
+    gigabytes_per_second: float
+    pytorch: float | None = None
+    backend: str | None = None
+
+    @property
+    def speedup(self) -> float | None:
+        """How many times faster than PyTorch's kernel it is."""
+        return None if self.pytorch is None else self.pytorch / self.microseconds
+
+
+@dataclass(frozen=True)
 class HadamardTime:
     """What an online Hadamard transform costs before one product: times in microseconds.
 
@@ -145,13 +172,14 @@ class Record:
 
     Attributes:
         environment: the command, versions and the device.
-        matmul, peers, fused, hadamard, layers, models: rows.
+        matmul, peers, fused, attention, hadamard, layers, models: rows.
     """
 
     environment: Mapping[str, Any]
     matmul: list[MatmulTime] = field(default_factory=list)
     peers: list[PeerTime] = field(default_factory=list)
     fused: list[FusedTime] = field(default_factory=list)
+    attention: list[AttentionTime] = field(default_factory=list)
     hadamard: list[HadamardTime] = field(default_factory=list)
     layers: list[ModelTime] = field(default_factory=list)
     models: list[ModelTime] = field(default_factory=list)
@@ -184,6 +212,7 @@ KINDS: dict[str, type[Any]] = {
     "matmul": MatmulTime,
     "peers": PeerTime,
     "fused": FusedTime,
+    "attention": AttentionTime,
     "hadamard": HadamardTime,
     "layers": ModelTime,
     "models": ModelTime,

@@ -8,7 +8,7 @@ from rich.console import RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from quarot_fx.bench.record import FusedTime, HadamardTime, MatmulTime, ModelTime, PeerTime, Record
+from quarot_fx.bench.record import AttentionTime, FusedTime, HadamardTime, MatmulTime, ModelTime, PeerTime, Record
 
 
 def tables(record: Record) -> Iterator[RenderableType]:
@@ -20,6 +20,8 @@ def tables(record: Record) -> Iterator[RenderableType]:
         yield from _reasons((time.peer, time.reason) for time in record.peers)
     if record.fused:
         yield _fused_table(record.fused)
+    if record.attention:
+        yield _attention_table(record.attention)
     if record.hadamard:
         yield _hadamard_table(record.hadamard)
     for title, times in (("one decoder layer", record.layers), ("models with random weights", record.models)):
@@ -68,6 +70,17 @@ def _fused_table(times: Sequence[FusedTime]) -> Table:
     for t in times:
         cells = (f"{t.microseconds:.1f}", f"{t.gigabytes_per_second:.0f}", f"{t.of_copy:.0%}")
         table.add_row(t.kernel, str(t.rows), str(t.width), *cells)
+    return table
+
+
+def _attention_table(times: Sequence[AttentionTime]) -> Table:
+    numbers = ("sequences", "keys", "attended to", "PyTorch µs", "µs", "GB/s", "speed-up")
+    table = _table("attention of one query a sequence, by the bytes of keys and values", ("PyTorch's kernel",), numbers)
+    for t in times:
+        attended = "no mask" if t.attended is None else str(t.attended)
+        pytorch, speedup = ("-", "-") if t.speedup is None else (f"{t.pytorch:.1f}", f"{t.speedup:.2f}x")
+        rates = (pytorch, f"{t.microseconds:.1f}", f"{t.gigabytes_per_second:.0f}", speedup)
+        table.add_row(t.backend or "none takes this", str(t.batch), str(t.keys), attended, *rates)
     return table
 
 

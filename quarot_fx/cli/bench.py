@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import shlex
 import sys
@@ -41,7 +42,8 @@ class Choice:
 
 def bench(
     parts: Annotated[
-        list[str] | None, typer.Argument(help="Any of matmul, fused, hadamard, layers, models; all if none is named.")
+        list[str] | None,
+        typer.Argument(help="Any of matmul, fused, attention, hadamard, layers, models; all if none is named."),
     ] = None,
     tokens: Annotated[str | None, typer.Option(help="Numbers separated by commas, instead of those of a part.")] = None,
     shapes: Annotated[str | None, typer.Option(help="ROWSxCOLUMNS, separated by commas, of weights.")] = None,
@@ -143,6 +145,13 @@ def _fused(choice: Choice) -> Rows:
     yield from (("fused", time) for time in measure_fused(WIDTHS, choice.tokens or FUSED_ROWS))
 
 
+def _attention(choice: Choice) -> Rows:
+    from quarot_fx.bench.attention import CACHES, SEQUENCES, measure_attention
+
+    caches = list(itertools.product(SEQUENCES, choice.tokens)) if choice.tokens else CACHES
+    yield from (("attention", time) for time in measure_attention(caches))
+
+
 def _hadamard(choice: Choice) -> Rows:
     from quarot_fx.bench.hadamard import SHAPES, TOKENS, measure_hadamards
 
@@ -188,6 +197,7 @@ def _decoders(
 PARTS: dict[str, Callable[[Choice], Rows]] = {
     "matmul": _matmul,
     "fused": _fused,
+    "attention": _attention,
     "hadamard": _hadamard,
     "layers": _layers,
     "models": _models,
