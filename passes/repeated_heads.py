@@ -42,11 +42,21 @@ def _heads_once(insert: Inserter, node: fx.Node, axis: int) -> fx.Node | None:
     if node.target not in VIEWS or (source := _source(node)) is None:
         return None
     copies = before_copies(source)
-    split = _before_expansion(copies, axis + 1)
+    single = _before_expansion(copies, axis + 1)
     sizes = list(value(copies).shape)
     sizes[axis : axis + 2] = [math.prod(sizes[axis : axis + 2])]  # views keep elements in order: sizes tell what merged
-    is_merged = split is not None and equal_sizes(value(node).shape, sizes)
-    return insert.call(aten.squeeze.dim, split, axis + 1) if is_merged else None
+    if single is None or not equal_sizes(value(node).shape, sizes):
+        return None
+    return _without_axis(insert, single, axis + 1)
+
+
+def _without_axis(insert: Inserter, node: fx.Node, axis: int) -> fx.Node:
+    """Return a tensor without an axis of one element: what it was before a view gave it one, if that is what it is."""
+    source = _source(node) if node.target in VIEWS else None
+    sizes = [*value(node).shape[:axis], *value(node).shape[axis + 1 :]]
+    if source is not None and equal_sizes(value(source).shape, sizes):
+        return source
+    return insert.call(aten.squeeze.dim, node, axis)
 
 
 def _before_expansion(node: fx.Node, axis: int) -> fx.Node | None:

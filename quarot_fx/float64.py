@@ -37,9 +37,9 @@ def widen(value: Any) -> Any:
 class Float64Interpreter(fx.Interpreter):
     """Runs a graph module in float64, whatever its casts say."""
 
-    def __init__(self, module: fx.GraphModule, known: Known) -> None:
+    def __init__(self, module: fx.GraphModule, known: Known | None = None) -> None:
         super().__init__(module)
-        self._known = known
+        self._known = {} if known is None else known
 
     def call_function(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Call one operator with wide dtypes; factories that name no dtype are widened afterwards.
@@ -68,7 +68,7 @@ class Float64Interpreter(fx.Interpreter):
 def run_in_float64(module: fx.GraphModule, *inputs: Any, known: Known | None = None) -> list[torch.Tensor]:
     """Run a graph in float64 and return its tensor outputs, flattened. The inputs are left as they are."""
     with torch.no_grad():
-        result = Float64Interpreter(module, {} if known is None else known).run(*inputs)
+        result = Float64Interpreter(module, known).run(*inputs)
     outputs: list[torch.Tensor] = []
     map_aggregate(result, lambda v: outputs.append(v) if isinstance(v, torch.Tensor) else None)
     return outputs
