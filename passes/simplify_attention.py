@@ -84,7 +84,7 @@ def pattern_of(mask: torch.Tensor) -> Pattern:
     # The lowest finite number is no -inf: where the visible scores are as low, it hides nothing.
     if mask.dtype is not torch.bool and not (visible | (mask == -torch.inf)).all():
         return Pattern.ADDS
-    # is_causal counts from the first query and the first key, which is what a mask does if there are as many of both.
+    # Of fewer queries than keys, kernels disagree on whether the first or the last of both belong together.
     if mask.shape[-1] != mask.shape[-2]:
         return Pattern.OTHER
     triangle = torch.ones(mask.shape[-2:], dtype=torch.bool, device=mask.device).tril_()

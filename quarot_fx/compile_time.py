@@ -91,7 +91,7 @@ def _reason_of_values(node: fx.Node) -> str | None:
     if FROZEN in node.meta:
         return f"is changed in place: {node.meta[FROZEN]}"
     tensors = [leaf for leaf in tree_leaves(value(node)) if isinstance(leaf, torch.Tensor)]
-    if not all(isinstance(size, int) for tensor in tensors for size in (*tensor.shape, *tensor.stride())):
+    if not all(isinstance(size, int) for tensor in tensors for size in tensor.shape):
         return SIZES
     if any(tensor.is_meta for tensor in tensors):
         return "has no data, only sizes"

@@ -130,6 +130,11 @@ def test_other_arguments_stay():
     assert options(attention) == {"is_causal": True, "scale": 0.3}
 
 
+def test_attention_that_is_causal_already_stays_so():
+    attention, _, report = simplified(attend(EMPTY["ones"], is_causal=True), heads())
+    assert (report.matched, options(attention)) == (1, {"is_causal": True})
+
+
 OTHER = {
     "a window": lambda x: (positions()[:, None] - positions()).abs().lt(2).tril(),
     "the other triangle": lambda x: torch.ones(LENGTH, LENGTH, dtype=torch.bool).triu(),
@@ -147,11 +152,11 @@ def test_other_pattern(spelling):
     assert len(attention.all_input_nodes) == 4
 
 
-def test_fewer_queries_than_keys():
-    """is_causal would let the first query see the first key only."""
-    mask = lambda x: torch.ones(LENGTH, LENGTH, dtype=torch.bool).tril()[-3:]  # noqa: E731
+@pytest.mark.parametrize("rows", [slice(3), slice(-3, None)])
+def test_fewer_queries_than_keys(rows):
+    mask = lambda x: torch.ones(LENGTH, LENGTH, dtype=torch.bool).tril()[rows]  # noqa: E731
     _, _, report = simplified(attend(mask, queries=3), heads())
-    assert report.matched == 0
+    assert (report.matched, len(report.declined)) == (0, 1)
 
 
 @pytest.mark.parametrize("low", [torch.finfo(torch.float32).min, -1e9, 0.5, float("nan")])
@@ -300,6 +305,29 @@ def test_what_repeats_no_head_in_a_row_stays(repeat):
     result, report = apply(SimplifyAttention(), program, tokens())
     assert (report.matched, report.declined) == (0, [])
     assert targets(result) == targets(program)
+
+
+@pytest.mark.parametrize(
+    "repeat",
+    [
+        lambda t: t.repeat_interleave(2, dim=2),
+        lambda t: t[:, :, None].expand(-1, -1, 2, -1, -1).flatten(2, 3),
+        lambda t: t[:, :, :, None].expand(-1, -1, -1, 2, -1).flatten(2, 3),
+    ],
+)
+def test_repeated_tokens_stay(repeat):
+    module = Lambda(lambda m, x: F.scaled_dot_product_attention(m.q(x), repeat(x), repeat(x)), q=linear(WIDTH))
+    _, _, report = simplified(module, heads())
+    assert (report.matched, report.declined) == (0, [])
+
+
+def test_one_head_of_queries_reads_many():
+    def forward(m, x):
+        keys = x.repeat_interleave(2, dim=1)
+        return F.scaled_dot_product_attention(m.q(x)[:, :1], keys, keys)
+
+    _, _, report = simplified(Lambda(forward, q=linear(WIDTH)), heads())
+    assert reasons(report) == ["heads stay repeated: queries, keys and values do not form groups"]
 
 
 def test_only_keys_are_repeated():
