@@ -117,7 +117,7 @@ def _attend(
         mask_at = mask + batch * stride_mask_batch + mask_head * stride_mask_head
         mask_at += mask_row % queries * stride_mask_query
         first, last = last, first
-        SCANNED_BLOCKS: tl.constexpr = max(SCANNED // (MASK_ROWS * KEYS), 1)
+        SCANNED_BLOCKS: tl.constexpr = SCANNED // (MASK_ROWS * KEYS) if MASK_ROWS * KEYS < SCANNED else 1
         for scanned in range(rounds(tl.cdiv(first, SCANNED_BLOCKS))):
             place = tl.arange(0, SCANNED_BLOCKS * KEYS)
             block = scanned * SCANNED_BLOCKS + place // KEYS
