@@ -6,7 +6,7 @@ from architectures import compile_model
 from graphs import Lambda, apply, captured, linear, node_named, reasons, rewritten, targets, tokens
 from models import random_token_ids, tiny_model
 from torch.nn import functional as F
-from transformers import StaticCache
+from transformers import DynamicCache, StaticCache
 
 import quarot_fx
 from quarot_fx.config import QuarotConfig
@@ -101,6 +101,12 @@ def _narrowed(q, k, v):
 def test_one_token_that_sees_itself():
     shapes = (2, 1, 4 * SIZE), (2, 2, 1, SIZE), (2, 2, 1, SIZE)
     assert_fused(*fused(lambda q, k, v: mix(q, k, v, is_causal=True), shapes))
+
+
+def test_heads_that_are_repeated_in_turn_stay_so():
+    result, report = fused(lambda q, k, v: mix(q, k.repeat(1, 2, 1, 1), v.repeat(1, 2, 1, 1)))
+    assert report.matched == 1
+    assert targets(result).count("repeat") == 2
 
 
 def test_keys_alone_that_are_repeated_stay_so():
@@ -204,30 +210,40 @@ def test_keys_and_values_are_reported_as_before():
     assert before == after
 
 
-def decode(model, bits, **options):
+CACHES = {
+    "static": lambda config: StaticCache(config=config, max_cache_len=32),
+    "dynamic": lambda config: DynamicCache(config=config),
+}
+
+
+def decode(model, kind, bits, **options):
     """Return the logits of a few tokens, one after the other, behind a prompt, and the cache that is left."""
-    ids, cache = random_token_ids(2, 20), StaticCache(config=model.config, max_cache_len=32)
+    ids, cache = random_token_ids(2, 20), CACHES[kind](model.config)
     compiled = compile_model(model, w_bits=16, a_bits=16, kv_bits=bits, **options)
     with torch.no_grad():
         logits = [compiled(chunk, past_key_values=cache).logits for chunk in ids.split([17, 1, 1, 1], dim=1)]
     return logits, [tensor for layer in cache.layers for tensor in (layer.keys, layer.values)]
 
 
-@pytest.mark.parametrize("bits", [16, 4])
-def test_a_model_decodes_as_without(bits, graphs, monkeypatch):
-    fused_in = []
+@pytest.mark.parametrize(
+    ("kind", "bits", "steps"),
+    [("static", 16, 1), ("static", 4, 1), ("dynamic", 16, 2)],  # the first token, and any after it
+)
+def test_a_model_decodes_as_without(kind, bits, steps, graphs, monkeypatch):
+    matched = []
     run = FuseAttention.run
 
     def counted(self, program, report):
         run(self, program, report)
-        fused_in.append(report.matched)
+        matched.append(report.matched)
 
     monkeypatch.setattr(FuseAttention, "run", counted)
     model = tiny_model("llama").double()
-    (logits, cache), (expected, expected_cache) = (decode(model, bits, kernels=k) for k in ("reference", "none"))
-    assert fused_in == [0, 2, 0, 0]  # prefill and a decode step of two layers, and of the same without kernels
-    assert relative_difference(logits, expected) < 1e-6
-    assert relative_difference(cache, expected_cache) < 1e-6
+    fused, plain = (decode(model, kind, bits, kernels=kernels) for kernels in ("reference", "none"))
+    assert matched[: 1 + steps] == [0, *[2] * steps]  # the prompt, and two layers in each graph that decodes
+    assert set(matched[1 + steps :]) == {0}  # without kernels
+    for actual, expected in zip(fused, plain, strict=True):
+        assert relative_difference(actual, expected) < 1e-6
 
 
 def test_a_decode_step_is_reported():

@@ -97,7 +97,7 @@ def _attend(
     EARLY: tl.constexpr,
 ):
     """Attend to one block of keys in so many. ROWS hold the queries of a group; MASK_ROWS is 1 if they share a mask."""
-    split, splits, pair = tl.program_id(0), tl.num_programs(0), tl.program_id(1)
+    pair, split, splits = tl.program_id(0), tl.program_id(1), tl.num_programs(1)
     batch, kv_head = (pair // kv_heads).to(tl.int64), (pair % kv_heads).to(tl.int64)
     row, column = tl.arange(0, ROWS), tl.arange(0, K_BLOCK)
     is_row = row < group * queries
@@ -107,7 +107,7 @@ def _attend(
     q_at = q + batch * stride_q_batch + head * stride_q_head + row % queries * stride_q
     wait_for_inputs(EARLY)
     let_dependents_start(EARLY)
-    asking = tl.load(q_at[:, None] + column[None, :], mask=is_row[:, None] & (column < K_SIZE)[None, :], other=0)
+    q_rows = tl.load(q_at[:, None] + column[None, :], mask=is_row[:, None] & (column < K_SIZE)[None, :], other=0)
     # Of the program's blocks, those that are read.
     first, last = tl.full((), 0, tl.int32), tl.cdiv(tl.cdiv(keys, KEYS) - split, splits)
     if mask is not None:
@@ -117,7 +117,7 @@ def _attend(
         mask_at = mask + batch * stride_mask_batch + mask_head * stride_mask_head
         mask_at += mask_row % queries * stride_mask_query
         first, last = last, first
-        SCANNED_BLOCKS: tl.constexpr = max(SCANNED // (MASK_ROWS * KEYS), 1)
+        SCANNED_BLOCKS: tl.constexpr = SCANNED // (MASK_ROWS * KEYS) if MASK_ROWS * KEYS < SCANNED else 1
         for scanned in range(rounds(tl.cdiv(first, SCANNED_BLOCKS))):
             place = tl.arange(0, SCANNED_BLOCKS * KEYS)
             block = scanned * SCANNED_BLOCKS + place // KEYS
@@ -132,19 +132,20 @@ def _attend(
     for block in range(rounds(first), rounds(last)):
         start = (split + block * splits) * KEYS
         key = start + tl.arange(0, KEYS)
-        asked = _load_block(k_at, start, keys, stride_k, KEYS, K_SIZE, K_BLOCK)
-        told = _load_block(v_at, start, keys, stride_v, KEYS, V_SIZE, V_BLOCK)
-        scores = dot(asking, tl.trans(asked), PRECISION) * scale
+        k_rows = _load_block(k_at, start, keys, stride_k, KEYS, K_SIZE, K_BLOCK)
+        v_rows = _load_block(v_at, start, keys, stride_v, KEYS, V_SIZE, V_BLOCK)
+        scores = dot(q_rows, tl.trans(k_rows), PRECISION) * scale
         if mask is not None:
             scores += _load_mask(mask_at, stride_mask, key, is_mask_row & (key < keys)[None, :])
-        scores = tl.where((key < keys)[None, :], scores, float("-inf"))
+        else:
+            scores = tl.where((key < keys)[None, :], scores, float("-inf"))
         larger = tl.maximum(maximum, tl.max(scores, axis=1))
         # Not exp2 of scores that are scaled by log2(e): with the lowest float32 added, as some masks have it, they
         # would become -inf.
         weights = _exp(scores, larger[:, None])
         shrinkage = _exp(maximum, larger)
         total = total * shrinkage + tl.sum(weights, axis=1)
-        mixed = mixed * shrinkage[:, None] + dot(round_to(weights, told.dtype), told, PRECISION)
+        mixed = mixed * shrinkage[:, None] + dot(round_to(weights, v_rows.dtype), v_rows, PRECISION)
         maximum = larger
     column = tl.arange(0, V_BLOCK)
     is_result = is_row[:, None] & (column < V_SIZE)[None, :]
@@ -216,7 +217,7 @@ def attend(
         maxima, totals = q.new_empty((2, pairs * group * queries, splits), dtype=torch.float32)
         partial = maxima.new_empty((*maxima.shape, v.shape[-1]))
     early = {"EARLY": device.starts_early, "launch_pdl": device.starts_early}
-    _attend[(splits, pairs)](
+    _attend[(pairs, splits)](
         q, k, v, mask, y, partial, maxima, totals, scale, kv_heads, group, queries, keys,
         *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *mask_strides,
         K_SIZE=size, V_SIZE=v.shape[-1], **blocks, ROWS=rows, MASK_ROWS=mask_rows, KEYS=keys_at_once, **early, **launch,
