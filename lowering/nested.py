@@ -19,6 +19,10 @@ MODES: dict[str, dict[str, Any]] = {
     "max-autotune": {"max_autotune": True, "coordinate_descent_tuning": True, "triton.cudagraphs": True},
 }
 
+# Kernels of Inductor, like ours, may be started before the one ahead has ended (programmatic dependent launch), where
+# the GPU can.
+ON_GPU = {"triton.enable_pdl": True}
+
 
 def check_nested_backend(name: str, mode: str | None) -> None:
     """Raise :class:`UnknownOptionError` if there is no such backend or mode; the nearest name is suggested."""
@@ -44,7 +48,9 @@ def compile_nested(lifted: Lifted, arguments: Sequence[Any], name: str, mode: st
             if name == "inductor":
                 from torch._inductor.compile_fx import compile_fx
 
-                patches, decompositions = MODES[mode or "default"], _decompositions(inputs)
+                on_gpu = any(isinstance(one, torch.Tensor) and one.is_cuda for one in inputs)
+                patches = MODES[mode or "default"] | (ON_GPU if on_gpu else {})
+                decompositions = _decompositions() if on_gpu else None
                 compiled: Any = compile_fx(module, inputs, config_patches=patches, decompositions=decompositions)
                 return compiled
             compiler: Callable[..., Any] = torch._dynamo.lookup_backend(name)
@@ -55,13 +61,11 @@ def compile_nested(lifted: Lifted, arguments: Sequence[Any], name: str, mode: st
         raise NestedBackendError(name=name, reason=f"{type(error).__name__}: {error}") from error
 
 
-def _decompositions(inputs: Sequence[Any]) -> dict[torch._ops.OpOverload, Callable[..., Any]] | None:
-    """Return what Inductor writes operators out as: on a GPU also our ops that no kernel runs, which it then fuses. On
-    the CPU their C++ would take longer to compile than it saves.
+def _decompositions() -> dict[torch._ops.OpOverload, Callable[..., Any]]:
+    """Return what Inductor writes operators out as on a GPU: our ops that no kernel runs among them, which it then
+    fuses. On the CPU their C++ would take longer to compile than it saves.
     """
     from torch._inductor.decomposition import select_decomp_table
 
-    if not any(isinstance(one, torch.Tensor) and one.is_cuda for one in inputs):
-        return None
     ours = {one.overload: one.reference for one in DECLARATIONS.values() if one.is_traceable}
     return {**select_decomp_table(), **ours}

@@ -37,6 +37,8 @@ class FuseAttention(Pass):
                 report.decline(module_path(node), reason)
                 continue
             q, key, val, mask = (argument(node, name) for name in ("query", "key", "value", "attn_mask"))
+            while mask is not None and mask.target is aten.expand.default:  # the kernel reads one mask for all heads
+                mask = mask.args[0]
             insert = Inserter(program.graph, self.name, node)
             with program.graph.inserting_before(node):
                 once = [before_repetition(insert, heads) for heads in (key, val)]

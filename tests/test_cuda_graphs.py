@@ -21,14 +21,14 @@ def model():
         vocab_size=128, hidden_size=256, intermediate_size=512, num_hidden_layers=2, num_attention_heads=4,
         num_key_value_heads=2,
     )  # fmt: skip
-    return AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval().cuda()
+    return AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval().cuda()
 
 
 def decode(compiled, config):
     """Return the logits of a prompt and of every token after it, each step with a cache of the user's."""
     cache = StaticCache(config=config, max_cache_len=32)
     head = config.hidden_size // config.num_attention_heads
-    cache.early_initialization(1, config.num_key_value_heads, head, torch.bfloat16, torch.device("cuda"))
+    cache.early_initialization(1, config.num_key_value_heads, head, torch.float32, torch.device("cuda"))
     ids = torch.randint(config.vocab_size, (1, PROMPT + STEPS), generator=torch.Generator().manual_seed(1)).cuda()
     logits = []
     for chunk in ids.split([PROMPT] + [1] * STEPS, dim=1):
