@@ -47,7 +47,6 @@ def test_replays_give_what_the_graph_gives(options):
     for _ in range(2):  # the second time, everything is replayed
         assert relative_difference(decode(recorded, decoder.config), expected) < 0.05
     assert counters["inductor"]["cudagraph_skips"] == 0
-    assert counters["inductor"]["cudagraph_recorded_non_static_inputs"] <= 2 * 2  # the tokens, of either graph
 
 
 def test_another_models_weights_are_not_those_of_the_recording():
