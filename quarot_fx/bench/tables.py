@@ -105,9 +105,10 @@ def _model_table(title: str, times: Sequence[ModelTime]) -> Table:
             table.add_row(t.model, phase, t.backend, *("-" for _ in numbers))
             continue
         speedup = found.get((t.model, t.phase, t.tokens, t.backend))
+        compiled_in = f"{t.compile_seconds:.0f} s" if t.compile_seconds else "-"
         table.add_row(
             t.model, phase, t.backend, f"{t.milliseconds:.2f}", f"{speedup:.2f}x" if speedup else "-",
-            _gibibytes(t.weight_bytes), _gibibytes(t.peak_bytes), f"{t.compile_seconds:.0f} s",
+            _gibibytes(t.weight_bytes), _gibibytes(t.peak_bytes), compiled_in,
             _gibibytes(t.compile_peak_bytes), str(t.graphs), str(t.cudagraph_skips),
         )  # fmt: skip
     return table
