@@ -19,7 +19,9 @@ TRANSPOSITIONS = {"aten.t.default", "aten.numpy_T.default", "aten.mT.default"}
 
 @dataclass(frozen=True)
 class UnifyLinears(Pass):
-    """``x @ W + b -> linear(x, W^T, b)``, where ``W`` is a constant matrix. Stacks of matrices stay products."""
+    """``x @ W + b -> linear(x, W^T, b)`` and ``W @ x -> linear(x^T, W)^T``, where ``W`` is a constant matrix. Stacks of
+    matrices stay products.
+    """
 
     def run(self, program: Program, report: PassReport) -> None:
         constants = Constants(program.graph)
@@ -28,11 +30,17 @@ class UnifyLinears(Pass):
             if operands is None:
                 continue
             x, weight, bias = operands
+            is_left = bias is None and x in constants
+            if is_left:
+                x, weight = weight, x
             if x in constants or weight not in constants or not is_float(weight) or weight.meta["val"].ndim != 2:
                 continue
             insert = Inserter(program.graph, self.name, node)
             with program.graph.inserting_before(node):
-                linear = insert.call(aten.linear.default, x, _transposed(weight, insert), bias)
+                if is_left:
+                    linear = _on_the_left(weight, x, insert)
+                else:
+                    linear = insert.call(aten.linear.default, x, _transposed(weight, insert), bias)
             node.replace_all_uses_with(linear)
             report.matched += 1
 
@@ -49,6 +57,20 @@ def _operands(node: fx.Node) -> tuple[fx.Node, fx.Node, fx.Node | None] | None:
         bias, x, weight = operands
         return (x, weight, bias) if bias.meta["val"].shape == weight.meta["val"].shape[1:] else None
     return None
+
+
+def _on_the_left(weight: fx.Node, x: fx.Node, insert: Inserter) -> fx.Node:
+    """Return ``W @ x`` for W [out, in], and x [in] or [..., in, columns]."""
+    if x.meta["val"].ndim == 1:
+        return insert.call(aten.linear.default, x, weight)
+    rows = argument_nodes(x)[0] if _swaps_last_axes(x) else insert.call(aten.transpose.int, x, -1, -2)
+    return insert.call(aten.transpose.int, insert.call(aten.linear.default, rows, weight), -1, -2)
+
+
+def _swaps_last_axes(node: fx.Node) -> bool:
+    ndim = node.meta["val"].ndim
+    dims = {int(dim) % ndim for dim in node.args[1:]} if str(node.target) == "aten.transpose.int" else set()  # type: ignore[arg-type]
+    return dims == {ndim - 1, ndim - 2}
 
 
 def _transposed(weight: fx.Node, insert: Inserter) -> fx.Node:

@@ -28,7 +28,7 @@ Every causal language model that transformers {versions[transformers]} registers
 
 `{command}` wrote this page and [its data](results/architectures.json), every decline with its reason included:
 {minutes} minutes in {jobs} processes of one thread on {device}, of which capture and planning of the decoders
-took {planning:.1f}; torch {versions[torch]}, Python {versions[python]}. Limits: {limits}.
+took {planning:.1f}; torch {versions[torch]}, Python {versions[python]}. Limits: {limits}.{updates}
 """
 
 
@@ -37,7 +37,11 @@ def render(data: dict[str, Any]) -> str:
     records = data["architectures"]
     limits = ", ".join(f"{name} {limit:.0e}" for name, limit in data["limits"].items())
     planning = sum(r["planning"] for r in records if r["category"] == "decoder") / 60 / data["jobs"]
-    page = [HEADER.format(**{**data, "limits": limits}, counts=_counts(records), planning=planning)]
+    updates = "".join(
+        f" Measured again since, with the same versions: `{command}`." for command in data.get("updates", ())
+    )
+    filled = {**data, "limits": limits, "updates": updates, "counts": _counts(records), "planning": planning}
+    page = [HEADER.format(**filled)]
     for category in dict.fromkeys(record["category"] for record in records):
         page += [f"## {category}\n", _table([r for r in records if r["category"] == category])]
     page += ["## What is left, and why\n", *_remarks(records)]

@@ -44,6 +44,7 @@ from quarot_fx.store import WeightStore
 
 CATEGORIES = ("decoder", "hybrid", "encoder-derived")
 DOCS = Path(__file__).parent.parent / "docs"
+RESULTS = DOCS / "results" / "architectures.json"
 # Largest relative difference of the output. Only the first is a statement about the passes alone: eager models cast
 # norms and RoPE to float32 in every dtype.
 LIMITS = {
@@ -218,7 +219,7 @@ def _run_in_float64(tiny: TinyDecoder) -> torch.Tensor | None:
 def main() -> int:
     """Measure what the command line names, print and write it."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("names", nargs="*", help="architectures; all by default")
+    parser.add_argument("names", nargs="*", help="architectures; all by default, else what was written of others stays")
     parser.add_argument("--jobs", type=int, default=2, help="processes, of one thread each")
     parser.add_argument("--dry", action="store_true", help="write nothing")
     arguments = parser.parse_args()
@@ -238,7 +239,9 @@ def main() -> int:
     records.sort(key=lambda record: wanted.index((record.name, record.category)))
     failed = [record for record in records if record.failures()]
     seconds = time.perf_counter() - start
-    if not arguments.dry:
+    if arguments.names and not arguments.dry:
+        update(records)
+    elif not arguments.dry:
         write(records, seconds, arguments.jobs)
     console.print(f"{len(records) - len(failed)} passed, {len(failed)} failed in {seconds / 60:.1f} minutes")
     return bool(failed)
@@ -256,8 +259,6 @@ def _line(record: Record) -> str:
 
 def write(records: list[Record], seconds: float, jobs: int) -> None:
     """Write the data and the table under ``docs``."""
-    from architecture_table import render
-
     data = {
         "command": shlex.join(["python", "tests/sweep.py", *sys.argv[1:]]),
         **describe_environment("cpu"),
@@ -266,7 +267,23 @@ def write(records: list[Record], seconds: float, jobs: int) -> None:
         "limits": LIMITS,
         "architectures": [asdict(record) for record in records],
     }
-    (DOCS / "results" / "architectures.json").write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
+    _write(data)
+
+
+def update(records: list[Record]) -> None:
+    """Replace what the data says of some architectures, and say by which command."""
+    data = json.loads(RESULTS.read_text(encoding="utf-8"))
+    data.setdefault("updates", []).append(shlex.join(["python", "tests/sweep.py", *sys.argv[1:]]))
+    places = {row["name"]: place for place, row in enumerate(data["architectures"])}
+    for record in records:
+        data["architectures"][places[record.name]] = asdict(record)
+    _write(data)
+
+
+def _write(data: dict[str, Any]) -> None:
+    from architecture_table import render
+
+    RESULTS.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
     (DOCS / "architectures.md").write_text(render(data), encoding="utf-8")
 
 

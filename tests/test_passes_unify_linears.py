@@ -26,6 +26,22 @@ def test_every_spelling_becomes_linear(spelling):
     assert not {"matmul", "mm", "addmm"} & set(targets(result))
 
 
+@pytest.mark.parametrize(
+    ("forward", "expected"),
+    [
+        (lambda m, x: m.v @ x.transpose(1, 2), ["linear", "transpose"]),
+        (lambda m, x: torch.mm(m.v, x[0].mT), ["select", "mT", "transpose", "linear", "transpose"]),
+        (lambda m, x: m.w.T @ x.sin().transpose(-1, -2).contiguous(), None),
+        (lambda m, x: m.v @ x[0, 0], ["select", "select", "linear"]),
+    ],
+)
+def test_a_weight_on_the_left(forward, expected):
+    result, report = apply(UnifyLinears(), captured(Lambda(forward, **WEIGHTS), tokens()), tokens())
+    assert (report.matched, report.declined) == (1, [])
+    assert "linear" in targets(result)
+    assert expected is None or targets(result) == expected
+
+
 def test_a_transposed_weight_is_used_as_it_is_stored():
     result, _ = apply(UnifyLinears(), captured(Lambda(lambda m, x: x @ m.v.T, **WEIGHTS), tokens()), tokens())
     assert targets(result) == ["linear"]
@@ -41,7 +57,7 @@ def test_a_transposed_weight_is_used_as_it_is_stored():
         lambda m, x: torch.addmm(m.c, x[0], m.w, beta=2),
         lambda m, x: torch.addmm(m.c[:1], x[0], m.w),  # one bias for all channels
         lambda m, x: torch.addmm(x[0, :, :6], x[0], m.w),  # what is added is no bias
-        lambda m, x: m.v @ x[0].mT,  # the weight on the left
+        lambda m, x: m.stack @ x.mT[:, :6],  # a matrix for each entry of the batch, on the left
     ],
 )
 def test_what_is_not_linear_stays(forward):
