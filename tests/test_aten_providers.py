@@ -10,7 +10,7 @@ from quarot_fx.ops import DECLARATIONS
 
 pytestmark = pytest.mark.kernels
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-HOPPER = Device((9, 0), 232448)
+HOPPER = Device((9, 0), 232448, multiprocessors=132)
 ROTATE = DECLARATIONS["rotate"]
 CASES = [args for args in ROTATE.inputs(torch.Generator().manual_seed(0)) if args[0].dtype in aten.rotate.HALVES]
 SIZES = (11008, 29568, 53248)  # which no program holds, or whose matrices none does
