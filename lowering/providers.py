@@ -7,11 +7,10 @@ from dataclasses import dataclass
 from importlib import import_module
 from typing import Any
 
-from torch import fx
 from torch.fx.node import map_aggregate
 
 from quarot_fx.graph import value
-from quarot_fx.ops import DECLARATIONS, OpDeclaration, Provider
+from quarot_fx.ops import OpDeclaration, Provider
 
 OURS = ("triton", "aten")  # packages here that add providers as they are imported, in order of preference
 
@@ -51,9 +50,3 @@ def _preference(item: tuple[str, Provider]) -> int:
 def fake_arguments(arguments: Sequence[Any]) -> tuple[Any, ...]:
     """Return a node's arguments with the fake values of the nodes among them."""
     return map_aggregate(tuple(arguments), value)
-
-
-def declaration_of(node: fx.Node) -> OpDeclaration | None:
-    """Return the declaration of the op that a node calls, or ``None``."""
-    namespace, _, name = str(node.target).removesuffix(".default").partition(".")
-    return DECLARATIONS.get(name) if node.op == "call_function" and namespace == "quarot" else None

@@ -10,7 +10,7 @@ import torch
 from torch import fx
 
 from quarot_fx.float64 import evaluate
-from quarot_fx.graph import AUTHOR, PART, Constants, Inserter, parameters_of
+from quarot_fx.graph import AUTHOR, PART, Constants, Inserter, parameters_of, with_sources
 from quarot_fx.passes.base import Pass
 from quarot_fx.program import Program
 from quarot_fx.report import PassReport
@@ -60,12 +60,4 @@ class FoldConstants(Pass):
 
 def _quantizations_behind(node: fx.Node) -> set[fx.Node]:
     """Return the quantisations of weights that a constant is made of."""
-    found, pending, seen = set(), [node], set()
-    while pending:
-        current = pending.pop()
-        if current not in seen:
-            seen.add(current)
-            pending += current.all_input_nodes
-            if current.target is torch.ops.quarot.quantize_weight.default:
-                found.add(current)
-    return found
+    return {source for source in with_sources(node) if source.target is torch.ops.quarot.quantize_weight.default}

@@ -8,7 +8,7 @@ from torch import fx
 from quarot_fx.config import QuarotConfig
 from quarot_fx.graph import Inserter, module_path
 from quarot_fx.lowering.providers import choose_provider, fake_arguments
-from quarot_fx.ops import DECLARATIONS
+from quarot_fx.ops import declaration_of
 from quarot_fx.report import PassReport
 
 
@@ -26,8 +26,9 @@ def insert_fused(
         report.decline(module_path(insert.like), "kernels='none' asks to leave the graph as it is")
         return None
     if config.kernels == "auto":
-        name = str(op).removeprefix("quarot.").removesuffix(".default")
-        choice = choose_provider(DECLARATIONS[name], fake_arguments(args))
+        declaration = declaration_of(op)
+        assert declaration is not None, f"{op} is not declared"
+        choice = choose_provider(declaration, fake_arguments(args))
         if choice.name is None:
             report.decline(module_path(insert.like), choice.reason)
             return None

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from quarot_fx.graph import Constants, module_path
-from quarot_fx.lowering.providers import choose_provider, declaration_of, fake_arguments
+from quarot_fx.lowering.providers import choose_provider, fake_arguments
+from quarot_fx.ops import declaration_of
 from quarot_fx.passes.base import Pass
 from quarot_fx.program import Program
 from quarot_fx.report import PassReport
@@ -31,7 +32,7 @@ class LowerOps(Pass):
     def run(self, program: Program, report: PassReport) -> None:
         constants = Constants(program.graph)
         for node in program.graph.nodes:
-            declaration = declaration_of(node)
+            declaration = declaration_of(node.target)
             if declaration is None or node in constants or self.config.kernels == "none":
                 continue
             where, runs = module_path(node), f"quarot::{declaration.name} runs as its reference"

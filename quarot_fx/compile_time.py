@@ -12,7 +12,7 @@ from torch._ops import OpOverload
 from torch.utils._pytree import tree_leaves
 
 from quarot_fx.aliasing import packet
-from quarot_fx.graph import FROZEN, PARAMETER, is_deterministic, value, written_tensors
+from quarot_fx.graph import FROZEN, PARAMETER, is_deterministic, value, with_sources, written_tensors
 
 aten = torch.ops.aten
 LARGEST = 2**30  # bytes of a value that is computed at compile time, at most
@@ -45,7 +45,7 @@ class CompileTimeValues:
         Every value is computed once, and let go after its last use.
         """
         judged = set(nodes)
-        needed = _with_sources(judged)
+        needed = with_sources(*judged)
         graph = fx.Graph()
         copies: dict[fx.Node, fx.Node] = {}
         verdicts: dict[fx.Node, fx.Node] = {}
@@ -98,14 +98,3 @@ def _reason_of_values(node: fx.Node) -> str | None:
     if max((tensor.untyped_storage().nbytes() for tensor in tensors), default=0) > LARGEST:
         return f"takes more than {LARGEST / 2**30:.0f} GiB, which is not computed at compile time"
     return None
-
-
-def _with_sources(nodes: Iterable[fx.Node]) -> set[fx.Node]:
-    found: set[fx.Node] = set()
-    pending = list(nodes)
-    while pending:
-        node = pending.pop()
-        if node not in found:
-            found.add(node)
-            pending += node.all_input_nodes
-    return found

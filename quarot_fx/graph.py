@@ -177,19 +177,22 @@ def is_deterministic(node: fx.Node) -> bool:
     return not node.is_impure() and torch.Tag.nondeterministic_seeded not in getattr(node.target, "tags", ())
 
 
+def with_sources(*nodes: fx.Node) -> dict[fx.Node, None]:
+    """Return nodes and all that they are computed from, in order of appearance."""
+    found: dict[fx.Node, None] = {}
+    pending = list(reversed(nodes))
+    while pending:
+        node = pending.pop()
+        if node not in found:
+            found[node] = None
+            pending.extend(reversed(node.all_input_nodes))
+    return found
+
+
 def parameters_of(node: fx.Node) -> list[str]:
     """Return the names of the parameters that a constant node depends on, in order of appearance."""
-    found: dict[str, None] = {}
-    pending, seen = [node], set()
-    while pending:
-        current = pending.pop()
-        if current in seen:
-            continue
-        seen.add(current)
-        if current.op == "get_attr":
-            found[current.meta.get(PARAMETER, str(current.target))] = None
-        pending.extend(reversed(current.all_input_nodes))
-    return list(found)
+    leaves = (source for source in with_sources(node) if source.op == "get_attr")
+    return list(dict.fromkeys(leaf.meta.get(PARAMETER, str(leaf.target)) for leaf in leaves))
 
 
 def stored_tensor(node: fx.Node) -> torch.Tensor:

@@ -15,6 +15,10 @@ from quarot_fx.report import PassReport
 from quarot_fx.store import WeightStore
 
 WIDTH = 16
+WHY_NOT_FUSED = {  # on a CPU, by the option `kernels`
+    "none": "kernels='none' asks to leave the graph as it is",
+    "auto": "triton: Triton's kernels run on NVIDIA GPUs, not on cpu",
+}
 
 
 def fill(module: nn.Module, seed: int = 0) -> nn.Module:

@@ -3,7 +3,7 @@ from dataclasses import replace
 import pytest
 import torch
 from architectures import compile_model
-from graphs import Lambda, apply, captured, linear, node_named, reasons, rewritten, targets, tokens
+from graphs import WHY_NOT_FUSED, Lambda, apply, captured, linear, node_named, reasons, rewritten, targets, tokens
 from models import random_token_ids, tiny_model
 from torch.nn import functional as F
 from transformers import DynamicCache, StaticCache
@@ -169,13 +169,7 @@ def test_queries_that_are_not_counted_stay():
     assert reasons(report) == ["how many queries there are is not known at compile time"]
 
 
-@pytest.mark.parametrize(
-    ("kernels", "reason"),
-    [
-        ("none", "kernels='none' asks to leave the graph as it is"),
-        ("auto", "triton: Triton's kernels run on NVIDIA GPUs, not on cpu"),
-    ],
-)
+@pytest.mark.parametrize(("kernels", "reason"), WHY_NOT_FUSED.items())
 def test_without_a_kernel_the_graph_stays(kernels, reason):
     repeat = REPETITIONS["expand and reshape"]
     result, report = fused(lambda q, k, v: mix(q, repeat(k), repeat(v)), config=QuarotConfig(kernels=kernels))

@@ -1,6 +1,20 @@
 import pytest
 import torch
-from graphs import WIDTH, Decoder, Lambda, apply, captured, ids, linear, node_named, reasons, rewritten, targets, tokens
+from graphs import (
+    WHY_NOT_FUSED,
+    WIDTH,
+    Decoder,
+    Lambda,
+    apply,
+    captured,
+    ids,
+    linear,
+    node_named,
+    reasons,
+    rewritten,
+    targets,
+    tokens,
+)
 from torch import nn
 from torch.testing import assert_close
 
@@ -112,14 +126,14 @@ def test_no_kernels_no_fusing():
     program, _ = quantized(Lambda(lambda m, x: m.a(x) * 2, a=linear(12)), tokens())
     result, report = apply(FuseIntLinears(QuarotConfig(kernels="none")), program, tokens())
     assert targets(result) == targets(program)
-    assert reasons(report) == ["kernels='none' asks to leave the graph as it is"]
+    assert reasons(report) == [WHY_NOT_FUSED["none"]]
 
 
 def test_no_provider_no_fusing():
     program, _ = quantized(Lambda(lambda m, x: m.a(x) * 2, a=linear(12)), tokens())
     result, report = apply(FuseIntLinears(QuarotConfig()), program, tokens())
     assert targets(result) == targets(program)
-    assert reasons(report) == ["triton: Triton's kernels run on NVIDIA GPUs, not on cpu"]
+    assert reasons(report) == [WHY_NOT_FUSED["auto"]]
 
 
 def test_a_weight_that_was_folded_already():

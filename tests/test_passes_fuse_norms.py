@@ -1,6 +1,7 @@
 import pytest
 import torch
 from graphs import (
+    WHY_NOT_FUSED,
     WIDTH,
     Lambda,
     apply,
@@ -204,13 +205,7 @@ def test_a_tensor_that_is_mutated_is_read_where_it_was():
 # -- options and sizes -----------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("kernels", "reason"),
-    [
-        ("none", "kernels='none' asks to leave the graph as it is"),
-        ("auto", "triton: Triton's kernels run on NVIDIA GPUs, not on cpu"),
-    ],
-)
+@pytest.mark.parametrize(("kernels", "reason"), WHY_NOT_FUSED.items())
 def test_without_a_kernel_nothing_is_fused(kernels, reason):
     module = Lambda(lambda m, x: operand_of(unit(x + m.a(x))), a=linear(WIDTH))
     program = RecognizeNorms()(exported(module, tokens()))

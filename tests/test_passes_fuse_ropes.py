@@ -1,6 +1,6 @@
 import pytest
 import torch
-from graphs import Lambda, apply, exported, linear, node_named, reasons, targets, tokens
+from graphs import WHY_NOT_FUSED, Lambda, apply, exported, linear, node_named, reasons, targets, tokens
 from torch.testing import assert_close
 
 from quarot_fx.config import QuarotConfig
@@ -169,13 +169,7 @@ def test_a_tensor_that_is_mutated_is_read_where_it_was():
     assert report.matched == 0
 
 
-@pytest.mark.parametrize(
-    ("kernels", "reason"),
-    [
-        ("none", "kernels='none' asks to leave the graph as it is"),
-        ("auto", "triton: Triton's kernels run on NVIDIA GPUs, not on cpu"),
-    ],
-)
+@pytest.mark.parametrize(("kernels", "reason"), WHY_NOT_FUSED.items())
 def test_without_a_kernel_nothing_is_fused(kernels, reason):
     program = exported(Lambda(lambda m, *args: rotate(rope(*args))), tokens(1, 2, TOKENS, SIZE), *INPUTS[1:])
     result, report = apply(FuseRopes(QuarotConfig(kernels=kernels)), program, tokens(1, 2, TOKENS, SIZE), *INPUTS[1:])

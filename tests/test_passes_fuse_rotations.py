@@ -3,6 +3,7 @@ import math
 import pytest
 import torch
 from graphs import (
+    WHY_NOT_FUSED,
     WIDTH,
     Lambda,
     apply,
@@ -194,13 +195,7 @@ def test_what_is_not_rotated():
 # -- options and sizes -----------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("kernels", "reason"),
-    [
-        ("none", "kernels='none' asks to leave the graph as it is"),
-        ("auto", "triton: Triton's kernels run on NVIDIA GPUs, not on cpu"),
-    ],
-)
+@pytest.mark.parametrize(("kernels", "reason"), WHY_NOT_FUSED.items())
 def test_without_a_kernel_nothing_is_fused(kernels, reason):
     program = exported(Lambda(lambda m, x: operand_of(rotate(F.silu(m.a(x)))), a=linear(WIDTH)), tokens())
     result, report = apply(FuseRotations(QuarotConfig(kernels=kernels)), program, tokens())

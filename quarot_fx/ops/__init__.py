@@ -1,7 +1,7 @@
 """The operators of a rewritten graph, ``torch.ops.quarot.*``, under short names: one declaration a file."""
 
 from quarot_fx.ops.attend import attend
-from quarot_fx.ops.declaration import DECLARATIONS, OpDeclaration, Provider, declare
+from quarot_fx.ops.declaration import DECLARATIONS, OpDeclaration, Provider, declaration_of, declare
 from quarot_fx.ops.dequantize import dequantize
 from quarot_fx.ops.expert_linear import expert_linear
 from quarot_fx.ops.int_linear import int_linear
@@ -24,6 +24,7 @@ __all__ = [
     "OpDeclaration",
     "Provider",
     "attend",
+    "declaration_of",
     "declare",
     "dequantize",
     "expert_linear",

@@ -81,6 +81,12 @@ class OpDeclaration:
         return getattr(getattr(torch.ops, namespace), self.name).default
 
 
+def declaration_of(target: Any) -> OpDeclaration | None:
+    """Return the declaration of one of our ops, ``torch.ops.quarot.<name>``, and ``None`` for any other callable."""
+    is_ours = isinstance(target, torch._ops.OpOverload) and target.namespace == LIBRARY.ns
+    return DECLARATIONS.get(target._opname) if is_ours else None
+
+
 def reference_of(target: Any) -> Any:
     """Return the op that runs the reference of one that was given to a provider, and any other callable as it is."""
     is_given = isinstance(target, torch._ops.OpOverload) and target.namespace.startswith("quarot_")
