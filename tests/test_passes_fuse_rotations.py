@@ -19,7 +19,7 @@ from graphs import (
 from torch.nn import functional as F
 
 from quarot_fx.config import QuarotConfig
-from quarot_fx.ops.rotate_quantize import ACTIVATIONS
+from quarot_fx.ops.activations import ACTIVATIONS
 from quarot_fx.passes.fuse_rotations import FuseRotations
 
 FUSED, REFERENCE = "quarot.rotate_quantize.default", QuarotConfig(kernels="reference")

@@ -144,7 +144,7 @@ def keep(x):
 
 @triton.jit
 def activate(x, NAME: tl.constexpr):
-    """Apply an activation of ``quarot_fx.ops.rotate_quantize.ACTIVATIONS`` to float32."""
+    """Apply an activation of ``quarot_fx.ops.activations.ACTIVATIONS`` to float32."""
     tl.static_assert(
         NAME == "silu"
         or NAME == "sigmoid"
