@@ -9,7 +9,14 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from quarot_fx.lowering.triton.language import dot4, let_dependents_start, prefetch, wait_for_inputs
+from quarot_fx.lowering.triton.language import (
+    GATE_ROWS,
+    activate,
+    dot4,
+    let_dependents_start,
+    prefetch,
+    wait_for_inputs,
+)
 
 WORDS_PER_LINE = tl.constexpr(32)  # of the cache
 BLOCK_WORDS = tl.constexpr(32)  # of the weight's layout: 128 bytes
@@ -31,12 +38,16 @@ def _int_gemv(
     N,
     X_WORDS: tl.constexpr,
     W_WORDS: tl.constexpr,
+    ACTIVATION: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     EARLY: tl.constexpr,
 ):
     token = tl.program_id(0)  # the fastest, so that programs that share rows run together
     rows = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    if ACTIVATION is not None:  # a gate next to what it multiplies
+        results = rows // 2
+        rows = results // GATE_ROWS * (2 * GATE_ROWS) + rows % 2 * GATE_ROWS + results % GATE_ROWS
     row_at = tl.minimum(rows, N - 1)
     products = tl.zeros((BLOCK_N, BLOCK_K), tl.int32)
     lines = tl.minimum(tl.arange(0, BLOCK_K // WORDS_PER_LINE) * WORDS_PER_LINE, W_WORDS - 1)
@@ -62,6 +73,12 @@ def _int_gemv(
     value = product.to(tl.float32) * (tl.load(w_scale + row_at) * tl.load(x_scale + token))
     if bias is not None:
         value += tl.load(bias + row_at).to(tl.float32)
+    if ACTIVATION is not None:
+        gate, up = tl.split(tl.reshape(value, (BLOCK_N // 2, 2)))
+        value = activate(gate, ACTIVATION) * up
+        N = N // 2
+        rows = tl.program_id(1) * (BLOCK_N // 2) + tl.arange(0, BLOCK_N // 2)
+        row_at = tl.minimum(rows, N - 1)
     at = token * N + row_at
     if residual is not None:
         value += tl.load(residual + at).to(tl.float32)

@@ -12,6 +12,8 @@ import triton
 import triton.language as tl
 
 from quarot_fx.lowering.triton.language import (
+    GATE_ROWS,
+    activate,
     high_codes_times_16,
     high_nibbles,
     let_dependents_start,
@@ -72,6 +74,17 @@ def _scales(x_scale, w_scale, tokens, rows, k, SIZE: tl.constexpr, X_GROUP: tl.c
 
 
 @triton.jit
+def _gated(value, ACTIVATION: tl.constexpr):
+    """Return activation(gate) * up, [BLOCK_N / 2, BLOCK_M], of a tile whose rows belong to gate and up in turn.
+
+    A thread has both of a pair where the tensor cores left them: nothing moves.
+    """
+    in_turn = tl.reshape(value, (value.shape[0] // (2 * GATE_ROWS), 2, GATE_ROWS, value.shape[1]))
+    gate, up = tl.split(tl.permute(in_turn, (0, 2, 3, 1)))
+    return tl.reshape(activate(gate, ACTIVATION) * up, (value.shape[0] // 2, value.shape[1]))
+
+
+@triton.jit
 def _finish(
     product,
     token,
@@ -92,9 +105,11 @@ def _finish(
     SUBTRACTED: tl.constexpr,
     X_GROUP: tl.constexpr,
     W_GROUP: tl.constexpr,
+    ACTIVATION: tl.constexpr,
     TMA_STORE: tl.constexpr,
 ):
-    """Take zero points out of a product [BLOCK_N, BLOCK_M], scale it, add bias and residual, store it transposed.
+    """Take zero points out of a product [BLOCK_N, BLOCK_M], scale it, add a bias, gate its rows by each other if there
+    is an ACTIVATION, add a residual, store it transposed.
 
     The product is exact and whole if no operand is grouped, else already scaled by the scales of groups. It is that of
     stored numbers less SUBTRACTED; their zero point is ``w_zero``, or IMPLIED_ZERO.
@@ -130,6 +145,10 @@ def _finish(
         value *= tl.load(x_scale + token_at)[None, :]
     if bias is not None:
         value += tl.load(bias + row_at).to(tl.float32)[:, None]
+    if ACTIVATION is not None:
+        value = _gated(value, ACTIVATION)
+        row, N = row // 2, N // 2
+        rows = row + tl.arange(0, value.shape[0])
     at = tokens.to(tl.int64)[None, :] * N + rows[:, None]
     mask = (tokens < M)[None, :] & (rows < N)[:, None]
     if residual is not None:
@@ -163,6 +182,7 @@ def _int_matmul(
     SUBTRACTED: tl.constexpr,
     X_GROUP: tl.constexpr,
     W_GROUP: tl.constexpr,
+    ACTIVATION: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -261,6 +281,7 @@ def _int_matmul(
             SUBTRACTED,
             X_GROUP,
             W_GROUP,
+            ACTIVATION,
             TMA_STORE,
         )
     else:
@@ -287,6 +308,7 @@ def _add_parts(
     SUBTRACTED: tl.constexpr,
     X_GROUP: tl.constexpr,
     W_GROUP: tl.constexpr,
+    ACTIVATION: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_M: tl.constexpr,
     SPLIT_K: tl.constexpr,
@@ -322,5 +344,6 @@ def _add_parts(
         SUBTRACTED,
         X_GROUP,
         W_GROUP,
+        ACTIVATION,
         TMA_STORE=False,
     )

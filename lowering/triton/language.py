@@ -11,9 +11,12 @@ from triton import knobs
 from triton.language.extra import libdevice
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from quarot_fx.ops.interleave_rows import ROWS
+
 INTERPRETED = tl.constexpr(knobs.runtime.interpret)
 ROUND_TO_INTEGER = tl.constexpr(1.5 * 2.0**23)  # adding it leaves no bits for a fraction: rounds half to even
 ROUND_TO_INTEGER_BITS = tl.constexpr(0x4B400000)
+GATE_ROWS = tl.constexpr(ROWS)  # of a weight belong to a gate, then as many to what it multiplies
 
 
 # -- packed codes ----------------------------------------------------------------------------------

@@ -79,6 +79,11 @@ def _int_linear(codes: Tensor, scale: Tensor, zero: Tensor | None, *rest: Any) -
     return None
 
 
+def _gated_int_linear(*arguments: Any) -> str | None:
+    *operands, dtype, _ = arguments
+    return _int_linear(*operands, None, dtype)
+
+
 def _pack_weight(codes: Tensor, bits: int) -> str | None:
     return _reason_against_device(codes.device)
 
@@ -137,6 +142,7 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) 
 
 REASONS: dict[str, Callable[..., str | None]] = {
     "attend": _attend,
+    "gated_int_linear": _gated_int_linear,
     "int_linear": _int_linear,
     "norm_quantize": _norm_quantize,
     "pack_weight": _pack_weight,
