@@ -43,7 +43,7 @@ class Choice:
 def bench(
     parts: Annotated[
         list[str] | None,
-        typer.Argument(help="Any of matmul, fused, attention, hadamard, layers, models; all if none is named."),
+        typer.Argument(help="Any of matmul, fused, attention, hadamard, gated, layers, models; all if none is named."),
     ] = None,
     tokens: Annotated[str | None, typer.Option(help="Numbers separated by commas, instead of those of a part.")] = None,
     shapes: Annotated[str | None, typer.Option(help="ROWSxCOLUMNS, separated by commas, of weights.")] = None,
@@ -159,6 +159,13 @@ def _hadamard(choice: Choice) -> Rows:
     yield from (("hadamard", time) for time in times)
 
 
+def _gated(choice: Choice) -> Rows:
+    from quarot_fx.bench.gated import SHAPES, TOKENS, measure_gated
+
+    times = measure_gated(choice.shapes or SHAPES, choice.tokens or TOKENS)
+    yield from (("gated", time) for time in times)
+
+
 def _layers(choice: Choice) -> Rows:
     from quarot_fx.bench.models import measure_layers
 
@@ -199,6 +206,7 @@ PARTS: dict[str, Callable[[Choice], Rows]] = {
     "fused": _fused,
     "attention": _attention,
     "hadamard": _hadamard,
+    "gated": _gated,
     "layers": _layers,
     "models": _models,
 }
