@@ -17,6 +17,7 @@ from quarot_fx.passes.fold_constants import FoldConstants
 from quarot_fx.passes.fold_gains import FoldGains
 from quarot_fx.passes.fold_means import FoldMeans
 from quarot_fx.passes.fuse_attention import FuseAttention
+from quarot_fx.passes.fuse_gates import FuseGates
 from quarot_fx.passes.fuse_int_linears import FuseIntLinears
 from quarot_fx.passes.fuse_norms import FuseNorms
 from quarot_fx.passes.fuse_ropes import FuseRopes
@@ -51,6 +52,7 @@ DEFAULT_ORDER: tuple[type[Pass], ...] = (
     QuantizeActivations,
     QuantizeCaches,
     FuseIntLinears,
+    FuseGates,  # before products are merged: those of gate and up become one in an order of their own
     MergeIntLinears,
     FuseNorms,
     FuseRotations,
