@@ -15,7 +15,7 @@ from quarot_fx.ops.interleave_rows import ROWS
 from quarot_fx.passes.activations import activation_of
 from quarot_fx.passes.base import Pass
 from quarot_fx.passes.fusion import insert_fused
-from quarot_fx.passes.int_linears import ACTIVATION, DTYPE, joined, storage
+from quarot_fx.passes.int_linears import ACTIVATION, DTYPE, RESIDUAL, joined, storage
 from quarot_fx.passes.matching import before_widening, operands
 from quarot_fx.program import Program
 from quarot_fx.report import PassReport
@@ -70,16 +70,27 @@ class FuseGates(Pass):
 
 
 def _gated(node: fx.Node) -> Gated | None:
-    """Return what a product of two tensors of one shape is if one is gated by the other and either multiplies codes."""
+    """Return what a product of two tensors of one shape is if one gates the other and either is a product of codes."""
     for factor, other in operands(node, aten.mul.Tensor):
         if not equal_sizes(value(factor).shape, value(other).shape):
             return None
         if (found := activation_of(factor)) is None:
             continue
         (activation, gate), up = found, before_widening(other)
-        if gate is not up and quarot.int_linear.default in (gate.target, up.target):  # else it is the activation of one
+        are_two = not _is_made_of(gate, up) and not _is_made_of(up, gate)  # else all is an activation of one of them
+        if quarot.int_linear.default in (gate.target, up.target) and are_two:
             return Gated(node, gate, up, activation)
     return None
+
+
+def _is_made_of(node: fx.Node, source: fx.Node) -> bool:
+    pending = [node]
+    while pending:
+        current = pending.pop()
+        if current is source:
+            return True
+        pending += [earlier for earlier in current.all_input_nodes if not earlier < source]
+    return False
 
 
 def _reason_against(gated: Gated, constants: Constants) -> str | None:
@@ -89,6 +100,8 @@ def _reason_against(gated: Gated, constants: Constants) -> str | None:
     for product in (gate, up):
         if product.target is not quarot.int_linear.default:
             return f"{product.target} {product.name} is no product of codes"
+        if product.args[RESIDUAL] is not None:
+            return f"something is added to {product.name} before"
         if (reader := _reader_besides(gated.node, product)) is not None:
             return f"{product.name} is also read by {reader.target} {reader.name}, and has to be stored for it anyway"
     if gate.args[ACTIVATION] != up.args[ACTIVATION]:
