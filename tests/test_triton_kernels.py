@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from importlib import import_module
 from typing import Any
 
 import pytest
@@ -137,12 +138,12 @@ def test_every_path_accumulates_exactly(tokens: int, container: torch.dtype) -> 
     assert torch.equal(provider.implementation(*args).cpu().double(), codes.double() @ weight.double().mT)
 
 
-def test_split_products_are_the_same_in_every_run() -> None:
-    from quarot_fx.lowering.triton.int_linear import int_linear
-
-    args = on_device(inputs("int_linear")[8])
+@pytest.mark.parametrize("name", ["int_linear", "gated_int_linear"])
+def test_split_products_are_the_same_in_every_run(name: str) -> None:
+    multiply = getattr(import_module(f"quarot_fx.lowering.triton.{name}"), name)
+    args = on_device(inputs(name)[8])
     launch = {"BLOCK_N": 32, "BLOCK_M": 16, "BLOCK_K": 64, "RASTER": 8, "num_warps": 4, "num_stages": 2}
-    whole, split = int_linear(*args, launch=launch), int_linear(*args, launch={**launch, "SPLIT_K": 3})
+    whole, split = multiply(*args, launch=launch), multiply(*args, launch={**launch, "SPLIT_K": 3})
     assert torch.equal(whole, split)
 
 
@@ -179,6 +180,16 @@ def test_reasons_against_a_product(change: dict[str, Any], reason: str) -> None:
     found = DECLARATIONS["int_linear"].providers["triton"].reason_against(*on_device(tuple(args.values())))
     assert found is not None
     assert reason in found
+
+
+def test_reasons_against_a_gated_product_are_those_against_the_product() -> None:
+    *operands, _, activation = inputs("gated_int_linear")[0]
+    found = (
+        DECLARATIONS["gated_int_linear"]
+        .providers["triton"]
+        .reason_against(*on_device((*operands, torch.float64, activation)))
+    )
+    assert found == "the result is torch.float64"
 
 
 @pytest.mark.parametrize(
