@@ -75,7 +75,7 @@ def _int_gemv(
         value += tl.load(bias + row_at).to(tl.float32)
     if ACTIVATION is not None:
         gate, up = tl.split(tl.reshape(value, (BLOCK_N // 2, 2)))
-        value = activate(gate, ACTIVATION) * up
+        value = activate(gate, ACTIVATION, y.dtype.element_ty) * up
         N = N // 2
         rows = tl.program_id(1) * (BLOCK_N // 2) + tl.arange(0, BLOCK_N // 2)
         row_at = tl.minimum(rows, N - 1)

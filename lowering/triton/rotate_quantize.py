@@ -69,9 +69,9 @@ def _rotate_quantize(
         values = tl.load(x + row.to(tl.int64) * stride_x + place, mask=mask, other=0)
         if gate is not None:
             gates = tl.load(gate + row.to(tl.int64) * stride_gate + place, mask=mask, other=0).to(tl.float32)
-            values = round_to(activate(gates, ACTIVATION) * values.to(tl.float32), dtype)
+            values = round_to(activate(gates, ACTIVATION, dtype) * values.to(tl.float32), dtype)
         elif ACTIVATION != "identity":
-            values = round_to(activate(values.to(tl.float32), ACTIVATION), dtype)
+            values = round_to(activate(values.to(tl.float32), ACTIVATION, dtype), dtype)
         if (gate is not None or ACTIVATION != "identity") and dtype != tl.float32:
             values = keep(values)
         values = rotated(values, left_matrix, middle_matrix, right_matrix, dtype, PRECISION, BLOCK_A, BLOCK_B, BLOCK_C)
