@@ -72,9 +72,10 @@ def test_kernels_take_nearly_all_inputs_of_their_op(name: str) -> None:
 
 
 @pytest.mark.parametrize("symmetric", [True, False])
-def test_nan_shows_in_its_row_only(symmetric: bool) -> None:
+@pytest.mark.parametrize("count", [1, 40])
+def test_nan_shows_in_its_row_only(symmetric: bool, count: int) -> None:
     x = torch.ones(2, 40)
-    x[0, 3] = torch.nan
+    x[0, :count] = torch.nan
     quantize = DECLARATIONS["quantize_activation"].providers["triton"].implementation
     codes, scale, *_ = quantize(x.to(DEVICE), 4, None, 1.0, symmetric, torch.int8)
     lowest = 0 if symmetric else -8
@@ -82,6 +83,26 @@ def test_nan_shows_in_its_row_only(symmetric: bool) -> None:
     assert scale[1].isfinite()
     assert (codes[0] == lowest).all()
     assert (codes[1] == 7).all()
+
+
+# -- rotations ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("size", [960, 14336])  # two matrices, three matrices
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_several_programs_make_of_a_row_what_one_makes(size: int, dtype: torch.dtype, symmetric: bool) -> None:
+    from quarot_fx.lowering.triton.rotate_quantize import rotate_quantize
+
+    x, gate = torch.randn(2, 3, size, generator=torch.Generator().manual_seed(0)).to(dtype)
+    x[0, 3], x[1] = torch.nan, 0
+    arguments = on_device((x, gate, "silu", f"hadamard-{size}", 1, 4, None, 0.9, symmetric, torch.int8))
+    one, several = (
+        rotate_quantize(*arguments, launch={"ROWS": 1, "num_warps": 4, "num_stages": 1} | parts)
+        for parts in ({}, {"PART": 128})
+    )
+    for alone, together in zip(one, several, strict=True):
+        assert torch.equal(alone.nan_to_num(7), together.nan_to_num(7))
 
 
 # -- attention -------------------------------------------------------------------------------------
