@@ -17,13 +17,24 @@ from torch import Tensor
 
 from quarot_fx.lowering.triton import tiles
 from quarot_fx.lowering.triton.device import describe
-from quarot_fx.lowering.triton.language import dot, let_dependents_start, round_to, rounds, wait_for_inputs
+from quarot_fx.lowering.triton.language import dot, let_dependents_start, prefetch, round_to, rounds, wait_for_inputs
 from quarot_fx.lowering.triton.rotation_matrices import power_of_two_from
 
 MOST_SPLITS = 128
 COMBINED = 4096  # numbers that a program combines: 32 a thread
-SCANNED = tl.constexpr(4096)  # numbers of a mask that a program looks at together
+SCANNED = 4096  # numbers of a mask that a program looks at together, at most
+LINE_BYTES = tl.constexpr(128)  # of the cache
 PRECISION = tl.constexpr("ieee")
+
+
+@triton.jit
+def _prefetch_block(tensor, start, end, stride, KEYS: tl.constexpr, SIZE: tl.constexpr, EARLY: tl.constexpr):
+    """Start to move keys or values [KEYS, SIZE] from ``start`` on to the L2 cache."""
+    LINE: tl.constexpr = LINE_BYTES // (tensor.dtype.element_ty.primitive_bitwidth // 8)
+    LINES: tl.constexpr = triton.next_power_of_2(triton.cdiv(SIZE, LINE))
+    key = tl.minimum(start + tl.arange(0, KEYS), end - 1).to(tl.int64)
+    column = tl.minimum(tl.arange(0, LINES) * LINE, SIZE - 1)
+    prefetch(tensor + key[:, None] * stride + column[None, :], EARLY)
 
 
 @triton.jit
@@ -94,6 +105,7 @@ def _attend(
     ROWS: tl.constexpr,
     MASK_ROWS: tl.constexpr,
     KEYS: tl.constexpr,
+    SCANNED_BLOCKS: tl.constexpr,
     EARLY: tl.constexpr,
 ):
     """Attend to one block of keys in so many. ROWS hold the queries of a group; MASK_ROWS is 1 if they share a mask."""
@@ -105,6 +117,9 @@ def _attend(
     v_at = v + batch * stride_v_batch + kv_head * stride_v_head
     head = kv_head * group + row // queries
     q_at = q + batch * stride_q_batch + head * stride_q_head + row % queries * stride_q
+    # Of the first block, most keys and values are there since long; what is still written, the cache keeps coherent.
+    _prefetch_block(k_at, split * KEYS, keys, stride_k, KEYS, K_SIZE, EARLY)
+    _prefetch_block(v_at, split * KEYS, keys, stride_v, KEYS, V_SIZE, EARLY)
     wait_for_inputs(EARLY)
     let_dependents_start(EARLY)
     q_rows = tl.load(q_at[:, None] + column[None, :], mask=is_row[:, None] & (column < K_SIZE)[None, :], other=0)
@@ -117,7 +132,6 @@ def _attend(
         mask_at = mask + batch * stride_mask_batch + mask_head * stride_mask_head
         mask_at += mask_row % queries * stride_mask_query
         first, last = last, first
-        SCANNED_BLOCKS: tl.constexpr = SCANNED // (MASK_ROWS * KEYS) if MASK_ROWS * KEYS < SCANNED else 1
         for scanned in range(rounds(tl.cdiv(first, SCANNED_BLOCKS))):
             place = tl.arange(0, SCANNED_BLOCKS * KEYS)
             block = scanned * SCANNED_BLOCKS + place // KEYS
@@ -205,13 +219,16 @@ def attend(
     launch = dict(launch)
     keys_at_once = launch.pop("KEYS")
     programs = launch.pop("PROGRAMS") * device.multiprocessors
-    splits = _splits(triton.cdiv(keys, keys_at_once), programs // pairs)
+    blocks_of_keys = triton.cdiv(keys, keys_at_once)
+    splits = _splits(blocks_of_keys, programs // pairs)
     mask_rows, mask_strides = rows, [0] * 4
     if mask is not None:
         mask = mask.expand(batch, heads, queries, keys)
         mask_strides = list(mask.stride())
         if all(n == 1 or stride == 0 for n, stride in zip(mask.shape[1:3], mask_strides[1:3], strict=True)):
             mask_rows = 1
+    most_scanned = max(1, SCANNED // (mask_rows * keys_at_once))
+    scanned = min(most_scanned, power_of_two_from(triton.cdiv(blocks_of_keys, splits), smallest=1))
     partial = maxima = totals = None
     if splits > 1:
         maxima, totals = q.new_empty((2, pairs * group * queries, splits), dtype=torch.float32)
@@ -220,7 +237,8 @@ def attend(
     _attend[(pairs, splits)](
         q, k, v, mask, y, partial, maxima, totals, scale, kv_heads, group, queries, keys,
         *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *mask_strides,
-        K_SIZE=size, V_SIZE=v.shape[-1], **blocks, ROWS=rows, MASK_ROWS=mask_rows, KEYS=keys_at_once, **early, **launch,
+        K_SIZE=size, V_SIZE=v.shape[-1], **blocks, ROWS=rows, MASK_ROWS=mask_rows, KEYS=keys_at_once,
+        SCANNED_BLOCKS=scanned, **early, **launch,
     )  # fmt: skip
     if splits > 1:
         combined = power_of_two_from(splits, smallest=1)
