@@ -33,16 +33,28 @@ def _int_gemv(
     W_WORDS: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    PREFETCHED: tl.constexpr,
     EARLY: tl.constexpr,
 ):
     token = tl.program_id(0)  # the fastest, so that programs that share rows run together
     rows = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     row_at = tl.minimum(rows, N - 1)
     products = tl.zeros((BLOCK_N, BLOCK_K), tl.int32)
-    lines = tl.minimum(tl.arange(0, BLOCK_K // WORDS_PER_LINE) * WORDS_PER_LINE, W_WORDS - 1)
+    lines = tl.minimum(tl.arange(0, PREFETCHED // WORDS_PER_LINE) * WORDS_PER_LINE, W_WORDS - 1)
     prefetch(w + row_at[:, None] * W_WORDS + lines[None, :], EARLY)
     wait_for_inputs(EARLY)
     let_dependents_start(EARLY)
+    # What the epilogue needs is on its way before the product: later, nothing would be left to hide its latency behind.
+    at = token * N + row_at
+    x_scales, x_sums, w_scales = tl.load(x_scale + token), tl.load(x_sum + token), tl.load(w_scale + row_at)
+    if x_zero is not None:
+        x_zeros, w_sums = tl.load(x_zero + token), tl.load(w_sum + row_at)
+    if w_zero is not None:
+        w_zeros = tl.load(w_zero + row_at)
+    if bias is not None:
+        biases = tl.load(bias + row_at)
+    if residual is not None:
+        residuals = tl.load(residual + at)
     for start in range(0, W_WORDS, BLOCK_K):
         columns = start + tl.arange(0, BLOCK_K)
         words = tl.load(w + row_at[:, None] * W_WORDS + columns[None, :], mask=(columns < W_WORDS)[None, :], other=0)
@@ -54,15 +66,14 @@ def _int_gemv(
         products = dot4((words >> 4) & 0x0F0F0F0F, high_codes[None, :], products)
     product = tl.sum(products, axis=1)
     if w_zero is None:
-        product -= 8 * tl.load(x_sum + token)
+        product -= 8 * x_sums
     else:
-        product -= tl.load(x_sum + token) * tl.load(w_zero + row_at).to(tl.int32)
+        product -= x_sums * w_zeros.to(tl.int32)
     if x_zero is not None:
-        product -= tl.load(x_zero + token) * tl.load(w_sum + row_at)
-    value = product.to(tl.float32) * (tl.load(w_scale + row_at) * tl.load(x_scale + token))
+        product -= x_zeros * w_sums
+    value = product.to(tl.float32) * (w_scales * x_scales)
     if bias is not None:
-        value += tl.load(bias + row_at).to(tl.float32)
-    at = token * N + row_at
+        value += biases.to(tl.float32)
     if residual is not None:
-        value += tl.load(residual + at).to(tl.float32)
+        value += residuals.to(tl.float32)
     tl.store(y + at, value.to(y.dtype.element_ty), mask=rows < N)

@@ -62,6 +62,7 @@ def _launch_gemv(codes: Tensor, weight: Tensor, tail: tuple[Any, ...], launch: d
     early = describe(codes.device).starts_early
     grid = (codes.numel() // size, triton.cdiv(rows, launch["BLOCK_N"]))
     words = (codes.view(torch.int32), weight.view(torch.int32))
+    launch = {"PREFETCHED": launch["BLOCK_K"]} | launch
     _int_gemv[grid](*words, *tail, rows, X_WORDS=size // 4, W_WORDS=width // 4, EARLY=early, launch_pdl=early, **launch)
 
 
