@@ -12,6 +12,7 @@ from quarot_fx.errors import CheckError, PipelineError, UnknownOptionError
 from quarot_fx.float64 import relative_difference, run_in_float64
 from quarot_fx.garbage import collected_rarely
 from quarot_fx.passes.base import Pass, pass_name
+from quarot_fx.passes.compute_once import ComputeOnce
 from quarot_fx.passes.fold_biases import FoldBiases
 from quarot_fx.passes.fold_constants import FoldConstants
 from quarot_fx.passes.fold_gains import FoldGains
@@ -57,6 +58,7 @@ DEFAULT_ORDER: tuple[type[Pass], ...] = (
     FuseRopes,
     SimplifyAttention,
     FuseAttention,
+    ComputeOnce,
     LowerOps,
     FoldConstants,
 )
