@@ -1,7 +1,8 @@
-"""INT4 matrix-vector products, for one or two tokens: whole rows of the weight stream through registers.
+"""Matrix-vector products of integers, for one or two tokens: whole rows of the weight stream through registers.
 
 No tensor core and no shared memory: a word of eight codes costs three instructions to unpack and two four-way dot
-products a token. Few rows a program make many programs, which keeps enough bytes in flight.
+products a token, one of four codes of 8 bits one such product. Few rows a program make many programs, which keeps
+enough bytes in flight.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ def _int_gemv(
     N,
     X_WORDS: tl.constexpr,
     W_WORDS: tl.constexpr,
+    W_BITS: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     PREFETCHED: tl.constexpr,
@@ -58,17 +60,21 @@ def _int_gemv(
     for start in range(0, W_WORDS, BLOCK_K):
         columns = start + tl.arange(0, BLOCK_K)
         words = tl.load(w + row_at[:, None] * W_WORDS + columns[None, :], mask=(columns < W_WORDS)[None, :], other=0)
-        low_at = columns // BLOCK_WORDS * (2 * BLOCK_WORDS) + columns % BLOCK_WORDS
-        high_at = low_at + BLOCK_WORDS
-        low_codes = tl.load(x + token * X_WORDS + low_at, mask=low_at < X_WORDS, other=0)
-        high_codes = tl.load(x + token * X_WORDS + high_at, mask=high_at < X_WORDS, other=0)
-        products = dot4(words & 0x0F0F0F0F, low_codes[None, :], products)
-        products = dot4((words >> 4) & 0x0F0F0F0F, high_codes[None, :], products)
+        if W_BITS == 4:
+            low_at = columns // BLOCK_WORDS * (2 * BLOCK_WORDS) + columns % BLOCK_WORDS
+            high_at = low_at + BLOCK_WORDS
+            low_codes = tl.load(x + token * X_WORDS + low_at, mask=low_at < X_WORDS, other=0)
+            high_codes = tl.load(x + token * X_WORDS + high_at, mask=high_at < X_WORDS, other=0)
+            products = dot4(words & 0x0F0F0F0F, low_codes[None, :], products)
+            products = dot4((words >> 4) & 0x0F0F0F0F, high_codes[None, :], products)
+        else:
+            codes = tl.load(x + token * X_WORDS + columns, mask=columns < X_WORDS, other=0)
+            products = dot4(words, codes[None, :], products)
     product = tl.sum(products, axis=1)
-    if w_zero is None:
-        product -= 8 * x_sums
-    else:
+    if w_zero is not None:
         product -= x_sums * w_zeros.to(tl.int32)
+    elif W_BITS == 4:
+        product -= 8 * x_sums
     if x_zero is not None:
         product -= x_zeros * w_sums
     value = product.to(tl.float32) * (w_scales * x_scales)

@@ -105,6 +105,8 @@ def _inputs(generator: torch.Generator) -> Iterator[tuple[Any, ...]]:
         yield _case(generator, tokens, 40, 512, dtype=torch.float16, bias=True)
         yield _extreme_case(tokens, int8)
         yield _extreme_case(tokens, float8)
+    yield _case(generator, 1, 40, 272, bits=8, weight_bits=8)
+    yield _case(generator, 2, 40, 272, bits=8, weight_bits=8, weight_symmetric=False, symmetric=False)
     yield _case(generator, 0, 40, 512)
 
 
