@@ -17,7 +17,14 @@ from torch import Tensor
 
 from quarot_fx.lowering.triton import tiles
 from quarot_fx.lowering.triton.device import describe
-from quarot_fx.lowering.triton.language import dot, let_dependents_start, prefetch, round_to, rounds, wait_for_inputs
+from quarot_fx.lowering.triton.language import (
+    dot,
+    let_dependents_start,
+    prefetch,
+    round_to,
+    rounds,
+    wait_for_inputs,
+)
 from quarot_fx.lowering.triton.rotation_matrices import power_of_two_from
 
 MOST_SPLITS = 128
@@ -105,10 +112,14 @@ def _attend(
     ROWS: tl.constexpr,
     MASK_ROWS: tl.constexpr,
     KEYS: tl.constexpr,
+    ONE_BLOCK: tl.constexpr,
     SCANNED_BLOCKS: tl.constexpr,
     EARLY: tl.constexpr,
 ):
-    """Attend to one block of keys in so many. ROWS hold the queries of a group; MASK_ROWS is 1 if they share a mask."""
+    """Attend to one block of keys in so many, ONE_BLOCK in all or more.
+
+    ROWS hold the queries of a group; MASK_ROWS is 1 if they share a mask.
+    """
     pair, split, splits = tl.program_id(0), tl.program_id(1), tl.num_programs(1)
     batch, kv_head = (pair // kv_heads).to(tl.int64), (pair % kv_heads).to(tl.int64)
     row, column = tl.arange(0, ROWS), tl.arange(0, K_BLOCK)
@@ -122,8 +133,8 @@ def _attend(
     _prefetch_block(v_at, split * KEYS, keys, stride_v, KEYS, V_SIZE, EARLY)
     wait_for_inputs(EARLY)
     let_dependents_start(EARLY)
-    q_rows = tl.load(q_at[:, None] + column[None, :], mask=is_row[:, None] & (column < K_SIZE)[None, :], other=0)
-    # Of the program's blocks, those that are read.
+    # Of the program's blocks, those that are read. One alone is, whatever a mask leaves of it: to look first would take
+    # as long as to load.
     first, last = tl.full((), 0, tl.int32), tl.cdiv(tl.cdiv(keys, KEYS) - split, splits)
     if mask is not None:
         mask_row = tl.arange(0, MASK_ROWS)
@@ -131,15 +142,21 @@ def _attend(
         mask_head = kv_head * group + mask_row // queries
         mask_at = mask + batch * stride_mask_batch + mask_head * stride_mask_head
         mask_at += mask_row % queries * stride_mask_query
-        first, last = last, first
-        for scanned in range(rounds(tl.cdiv(first, SCANNED_BLOCKS))):
-            place = tl.arange(0, SCANNED_BLOCKS * KEYS)
-            block = scanned * SCANNED_BLOCKS + place // KEYS
-            key = (split + block * splits) * KEYS + place % KEYS
+        if ONE_BLOCK:
+            key = split * KEYS + tl.arange(0, KEYS)
             added = _load_mask(mask_at, stride_mask, key, is_mask_row & (key < keys)[None, :])
-            is_attended = added != float("-inf")
-            first = tl.minimum(first, tl.min(tl.where(is_attended, block[None, :], first)))
-            last = tl.maximum(last, tl.max(tl.where(is_attended, block[None, :] + 1, 0)))
+        else:
+            first, last = last, first
+            for scanned in range(rounds(tl.cdiv(first, SCANNED_BLOCKS))):
+                place = tl.arange(0, SCANNED_BLOCKS * KEYS)
+                block = scanned * SCANNED_BLOCKS + place // KEYS
+                key = (split + block * splits) * KEYS + place % KEYS
+                is_attended = _load_mask(mask_at, stride_mask, key, is_mask_row & (key < keys)[None, :]) != float(
+                    "-inf"
+                )
+                first = tl.minimum(first, tl.min(tl.where(is_attended, block[None, :], first)))
+                last = tl.maximum(last, tl.max(tl.where(is_attended, block[None, :] + 1, 0)))
+    q_rows = tl.load(q_at[:, None] + column[None, :], mask=is_row[:, None] & (column < K_SIZE)[None, :], other=0)
     maximum = tl.full((ROWS,), float("-inf"), tl.float32)
     total = tl.zeros((ROWS,), tl.float32)
     mixed = tl.zeros((ROWS, V_BLOCK), tl.float32)
@@ -149,10 +166,12 @@ def _attend(
         k_rows = _load_block(k_at, start, keys, stride_k, KEYS, K_SIZE, K_BLOCK)
         v_rows = _load_block(v_at, start, keys, stride_v, KEYS, V_SIZE, V_BLOCK)
         scores = dot(q_rows, tl.trans(k_rows), PRECISION) * scale
-        if mask is not None:
-            scores += _load_mask(mask_at, stride_mask, key, is_mask_row & (key < keys)[None, :])
-        else:
+        if mask is None:
             scores = tl.where((key < keys)[None, :], scores, float("-inf"))
+        elif ONE_BLOCK:
+            scores += added
+        else:
+            scores += _load_mask(mask_at, stride_mask, key, is_mask_row & (key < keys)[None, :])
         larger = tl.maximum(maximum, tl.max(scores, axis=1))
         # Not exp2 of scores that are scaled by log2(e): with the lowest float32 added, as some masks have it, they
         # would become -inf.
@@ -227,8 +246,9 @@ def attend(
         mask_strides = list(mask.stride())
         if all(n == 1 or stride == 0 for n, stride in zip(mask.shape[1:3], mask_strides[1:3], strict=True)):
             mask_rows = 1
+    each = triton.cdiv(blocks_of_keys, splits)
     most_scanned = max(1, SCANNED // (mask_rows * keys_at_once))
-    scanned = min(most_scanned, power_of_two_from(triton.cdiv(blocks_of_keys, splits), smallest=1))
+    scanned = min(most_scanned, power_of_two_from(each, smallest=1))
     partial = maxima = totals = None
     if splits > 1:
         maxima, totals = q.new_empty((2, pairs * group * queries, splits), dtype=torch.float32)
@@ -238,7 +258,7 @@ def attend(
         q, k, v, mask, y, partial, maxima, totals, scale, kv_heads, group, queries, keys,
         *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *mask_strides,
         K_SIZE=size, V_SIZE=v.shape[-1], **blocks, ROWS=rows, MASK_ROWS=mask_rows, KEYS=keys_at_once,
-        SCANNED_BLOCKS=scanned, **early, **launch,
+        ONE_BLOCK=each == 1, SCANNED_BLOCKS=scanned, **early, **launch,
     )  # fmt: skip
     if splits > 1:
         combined = power_of_two_from(splits, smallest=1)
