@@ -2,7 +2,8 @@
 
 All queries of the heads that share keys and values are the rows of one tile, so that every key and value is read once,
 and tensor cores multiply. Blocks of keys are dealt to the programs in turn, and those before the first and after the
-last one in which a mask leaves anything are not read: of a cache that is not full, each program reads its share.
+last one in which a mask leaves anything are not read: of a cache that is not full, each program reads its share. Where
+every program has one block, all are read.
 """
 
 from __future__ import annotations
