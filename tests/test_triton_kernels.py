@@ -143,14 +143,14 @@ def test_keys_and_values_that_a_mask_hides_are_not_read(is_boolean: bool) -> Non
 
 
 @pytest.mark.parametrize("tokens", [1, 2, 3, 20, 130, 260])
-@pytest.mark.parametrize("container", [torch.int8, torch.float8_e4m3fn])
-def test_every_path_accumulates_exactly(tokens: int, container: torch.dtype) -> None:
+@pytest.mark.parametrize(("container", "bits"), [(torch.int8, 4), (torch.int8, 8), (torch.float8_e4m3fn, 4)])
+def test_every_path_accumulates_exactly(tokens: int, container: torch.dtype, bits: int) -> None:
     """With scales of 1 and results below 2^24, float32 shows each bit of the int32 sum."""
     generator = torch.Generator().manual_seed(tokens)
     codes = torch.randint(-8, 8, (tokens, 300), dtype=torch.int8, generator=generator)
     weight = torch.randint(-8, 8, (70, 300), dtype=torch.int8, generator=generator)
     operand = (codes.to(container), torch.ones(tokens, 1), None, codes.sum(-1, keepdim=True, dtype=torch.int32))
-    weights = (DECLARATIONS["pack_weight"].reference(weight, 4), torch.ones(70, 1), None, None, 4)
+    weights = (DECLARATIONS["pack_weight"].reference(weight, bits), torch.ones(70, 1), None, None, bits)
     args = on_device((*operand, *weights, None, None, torch.float32))
     provider = DECLARATIONS["int_linear"].providers["triton"]
     if (reason := provider.reason_against(*args)) is not None:

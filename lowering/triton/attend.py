@@ -228,8 +228,8 @@ def attend(
     """Return what the op declares; ``launch`` replaces the launch parameters that the tables give."""
     (batch, heads, queries, size), (kv_heads, keys) = q.shape, k.shape[1:3]
     y = q.new_empty((batch, heads, queries, v.shape[-1]))
-    if y.numel() == 0:
-        return y
+    if y.numel() == 0 or keys == 0:
+        return y.zero_()
     q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
     blocks = {"K_BLOCK": power_of_two_from(size), "V_BLOCK": power_of_two_from(v.shape[-1])}
     device, group, pairs = describe(q.device), heads // kv_heads, batch * kv_heads
