@@ -26,7 +26,7 @@ from quarot_fx.lowering.triton.language import (
 from quarot_fx.lowering.triton.rotate import between_products, load_matrix, rotated
 from quarot_fx.lowering.triton.rotation_matrices import power_of_two_from
 
-ELEMENTS_PER_WARP = 512  # of the first kernel
+ELEMENTS_PER_WARP = 256  # of the first kernel, which is over before latencies could hide each other
 
 
 @triton.jit
