@@ -2,7 +2,8 @@
 
 All queries of the heads that share keys and values are the rows of one tile, so that every key and value is read once,
 and tensor cores multiply. Blocks of keys are dealt to the programs in turn, and those before the first and after the
-last one in which a mask leaves anything are not read: of a cache that is not full, each program reads its share.
+last one in which a mask leaves anything are not read: of a cache that is not full, each program reads its share. Where
+every program has one block, all are read.
 """
 
 from __future__ import annotations
@@ -17,13 +18,31 @@ from torch import Tensor
 
 from quarot_fx.lowering.triton import tiles
 from quarot_fx.lowering.triton.device import describe
-from quarot_fx.lowering.triton.language import dot, let_dependents_start, round_to, rounds, wait_for_inputs
+from quarot_fx.lowering.triton.language import (
+    dot,
+    let_dependents_start,
+    prefetch,
+    round_to,
+    rounds,
+    wait_for_inputs,
+)
 from quarot_fx.lowering.triton.rotation_matrices import power_of_two_from
 
 MOST_SPLITS = 128
 COMBINED = 4096  # numbers that a program combines: 32 a thread
-SCANNED = tl.constexpr(4096)  # numbers of a mask that a program looks at together
+SCANNED = 4096  # numbers of a mask that a program looks at together, at most
+LINE_BYTES = tl.constexpr(128)  # of the cache
 PRECISION = tl.constexpr("ieee")
+
+
+@triton.jit
+def _prefetch_block(tensor, start, end, stride, KEYS: tl.constexpr, SIZE: tl.constexpr, EARLY: tl.constexpr):
+    """Start to move keys or values [KEYS, SIZE] from ``start`` on to the L2 cache."""
+    LINE: tl.constexpr = LINE_BYTES // (tensor.dtype.element_ty.primitive_bitwidth // 8)
+    LINES: tl.constexpr = triton.next_power_of_2(triton.cdiv(SIZE, LINE))
+    key = tl.minimum(start + tl.arange(0, KEYS), end - 1).to(tl.int64)
+    column = tl.minimum(tl.arange(0, LINES) * LINE, SIZE - 1)
+    prefetch(tensor + key[:, None] * stride + column[None, :], EARLY)
 
 
 @triton.jit
@@ -94,9 +113,14 @@ def _attend(
     ROWS: tl.constexpr,
     MASK_ROWS: tl.constexpr,
     KEYS: tl.constexpr,
+    ONE_BLOCK: tl.constexpr,
+    SCANNED_BLOCKS: tl.constexpr,
     EARLY: tl.constexpr,
 ):
-    """Attend to one block of keys in so many. ROWS hold the queries of a group; MASK_ROWS is 1 if they share a mask."""
+    """Attend to one block of keys in so many, ONE_BLOCK in all or more.
+
+    ROWS hold the queries of a group; MASK_ROWS is 1 if they share a mask.
+    """
     pair, split, splits = tl.program_id(0), tl.program_id(1), tl.num_programs(1)
     batch, kv_head = (pair // kv_heads).to(tl.int64), (pair % kv_heads).to(tl.int64)
     row, column = tl.arange(0, ROWS), tl.arange(0, K_BLOCK)
@@ -105,10 +129,13 @@ def _attend(
     v_at = v + batch * stride_v_batch + kv_head * stride_v_head
     head = kv_head * group + row // queries
     q_at = q + batch * stride_q_batch + head * stride_q_head + row % queries * stride_q
+    # Of the first block, most keys and values are there since long; what is still written, the cache keeps coherent.
+    _prefetch_block(k_at, split * KEYS, keys, stride_k, KEYS, K_SIZE, EARLY)
+    _prefetch_block(v_at, split * KEYS, keys, stride_v, KEYS, V_SIZE, EARLY)
     wait_for_inputs(EARLY)
     let_dependents_start(EARLY)
-    q_rows = tl.load(q_at[:, None] + column[None, :], mask=is_row[:, None] & (column < K_SIZE)[None, :], other=0)
-    # Of the program's blocks, those that are read.
+    # Of the program's blocks, those that are read. One alone is, whatever a mask leaves of it: to look first would take
+    # as long as to load.
     first, last = tl.full((), 0, tl.int32), tl.cdiv(tl.cdiv(keys, KEYS) - split, splits)
     if mask is not None:
         mask_row = tl.arange(0, MASK_ROWS)
@@ -116,16 +143,21 @@ def _attend(
         mask_head = kv_head * group + mask_row // queries
         mask_at = mask + batch * stride_mask_batch + mask_head * stride_mask_head
         mask_at += mask_row % queries * stride_mask_query
-        first, last = last, first
-        SCANNED_BLOCKS: tl.constexpr = SCANNED // (MASK_ROWS * KEYS) if MASK_ROWS * KEYS < SCANNED else 1
-        for scanned in range(rounds(tl.cdiv(first, SCANNED_BLOCKS))):
-            place = tl.arange(0, SCANNED_BLOCKS * KEYS)
-            block = scanned * SCANNED_BLOCKS + place // KEYS
-            key = (split + block * splits) * KEYS + place % KEYS
+        if ONE_BLOCK:
+            key = split * KEYS + tl.arange(0, KEYS)
             added = _load_mask(mask_at, stride_mask, key, is_mask_row & (key < keys)[None, :])
-            is_attended = added != float("-inf")
-            first = tl.minimum(first, tl.min(tl.where(is_attended, block[None, :], first)))
-            last = tl.maximum(last, tl.max(tl.where(is_attended, block[None, :] + 1, 0)))
+        else:
+            first, last = last, first
+            for scanned in range(rounds(tl.cdiv(first, SCANNED_BLOCKS))):
+                place = tl.arange(0, SCANNED_BLOCKS * KEYS)
+                block = scanned * SCANNED_BLOCKS + place // KEYS
+                key = (split + block * splits) * KEYS + place % KEYS
+                is_attended = _load_mask(mask_at, stride_mask, key, is_mask_row & (key < keys)[None, :]) != float(
+                    "-inf"
+                )
+                first = tl.minimum(first, tl.min(tl.where(is_attended, block[None, :], first)))
+                last = tl.maximum(last, tl.max(tl.where(is_attended, block[None, :] + 1, 0)))
+    q_rows = tl.load(q_at[:, None] + column[None, :], mask=is_row[:, None] & (column < K_SIZE)[None, :], other=0)
     maximum = tl.full((ROWS,), float("-inf"), tl.float32)
     total = tl.zeros((ROWS,), tl.float32)
     mixed = tl.zeros((ROWS, V_BLOCK), tl.float32)
@@ -135,10 +167,12 @@ def _attend(
         k_rows = _load_block(k_at, start, keys, stride_k, KEYS, K_SIZE, K_BLOCK)
         v_rows = _load_block(v_at, start, keys, stride_v, KEYS, V_SIZE, V_BLOCK)
         scores = dot(q_rows, tl.trans(k_rows), PRECISION) * scale
-        if mask is not None:
-            scores += _load_mask(mask_at, stride_mask, key, is_mask_row & (key < keys)[None, :])
-        else:
+        if mask is None:
             scores = tl.where((key < keys)[None, :], scores, float("-inf"))
+        elif ONE_BLOCK:
+            scores += added
+        else:
+            scores += _load_mask(mask_at, stride_mask, key, is_mask_row & (key < keys)[None, :])
         larger = tl.maximum(maximum, tl.max(scores, axis=1))
         # Not exp2 of scores that are scaled by log2(e): with the lowest float32 added, as some masks have it, they
         # would become -inf.
@@ -194,8 +228,8 @@ def attend(
     """Return what the op declares; ``launch`` replaces the launch parameters that the tables give."""
     (batch, heads, queries, size), (kv_heads, keys) = q.shape, k.shape[1:3]
     y = q.new_empty((batch, heads, queries, v.shape[-1]))
-    if y.numel() == 0:
-        return y
+    if y.numel() == 0 or keys == 0:
+        return y.zero_()
     q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
     blocks = {"K_BLOCK": power_of_two_from(size), "V_BLOCK": power_of_two_from(v.shape[-1])}
     device, group, pairs = describe(q.device), heads // kv_heads, batch * kv_heads
@@ -205,13 +239,17 @@ def attend(
     launch = dict(launch)
     keys_at_once = launch.pop("KEYS")
     programs = launch.pop("PROGRAMS") * device.multiprocessors
-    splits = _splits(triton.cdiv(keys, keys_at_once), programs // pairs)
+    blocks_of_keys = triton.cdiv(keys, keys_at_once)
+    splits = _splits(blocks_of_keys, programs // pairs)
     mask_rows, mask_strides = rows, [0] * 4
     if mask is not None:
         mask = mask.expand(batch, heads, queries, keys)
         mask_strides = list(mask.stride())
         if all(n == 1 or stride == 0 for n, stride in zip(mask.shape[1:3], mask_strides[1:3], strict=True)):
             mask_rows = 1
+    each = triton.cdiv(blocks_of_keys, splits)
+    most_scanned = max(1, SCANNED // (mask_rows * keys_at_once))
+    scanned = min(most_scanned, power_of_two_from(each, smallest=1))
     partial = maxima = totals = None
     if splits > 1:
         maxima, totals = q.new_empty((2, pairs * group * queries, splits), dtype=torch.float32)
@@ -220,7 +258,8 @@ def attend(
     _attend[(pairs, splits)](
         q, k, v, mask, y, partial, maxima, totals, scale, kv_heads, group, queries, keys,
         *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *mask_strides,
-        K_SIZE=size, V_SIZE=v.shape[-1], **blocks, ROWS=rows, MASK_ROWS=mask_rows, KEYS=keys_at_once, **early, **launch,
+        K_SIZE=size, V_SIZE=v.shape[-1], **blocks, ROWS=rows, MASK_ROWS=mask_rows, KEYS=keys_at_once,
+        ONE_BLOCK=each == 1, SCANNED_BLOCKS=scanned, **early, **launch,
     )  # fmt: skip
     if splits > 1:
         combined = power_of_two_from(splits, smallest=1)

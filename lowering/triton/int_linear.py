@@ -49,30 +49,32 @@ def int_linear(
     grouped = scale.shape[-1] > 1 or weight_scale.shape[-1] > 1
     operands = (scale, zero, sum, weight_scale, weight_zero, weight_sum, bias, residual)
     tail = (*(None if operand is None else operand.contiguous() for operand in operands), y)
-    is_int4 = weight_bits == 4 and codes.dtype == torch.int8
     kernel = "int_matmul_float8" if codes.dtype == torch.float8_e4m3fn else "int_matmul"
-    if tokens <= MOST_GEMV_TOKENS and is_int4 and not grouped and size % 4 == 0:
+    if tokens <= MOST_GEMV_TOKENS and codes.dtype == torch.int8 and not grouped and size % 4 == 0:
         kernel = "int_gemv"
     if launch is None:
         launch = tiles.nearest(kernel, codes.device, tokens=tokens, rows=rows, columns=size)
     if kernel == "int_gemv":
-        _launch_gemv(codes, weight, tail, activation, dict(launch))
+        _launch_gemv(codes, weight, tail, weight_bits, activation, dict(launch))
     else:
         _launch_matmul(codes, weight, tail, weight_bits, activation, dict(launch))
     return y
 
 
 def _launch_gemv(
-    codes: Tensor, weight: Tensor, tail: tuple[Any, ...], activation: str | None, launch: dict[str, Any]
+    codes: Tensor,
+    weight: Tensor,
+    tail: tuple[Any, ...],
+    weight_bits: int,
+    activation: str | None,
+    launch: dict[str, Any],
 ) -> None:
     size, (rows, width) = codes.shape[-1], weight.shape
     early = describe(codes.device).starts_early
     grid = (codes.numel() // size, triton.cdiv(rows, launch["BLOCK_N"]))
     words = (codes.view(torch.int32), weight.view(torch.int32))
-    _int_gemv[grid](
-        *words, *tail, rows, X_WORDS=size // 4, W_WORDS=width // 4, ACTIVATION=activation,
-        EARLY=early, launch_pdl=early, **launch,
-    )  # fmt: skip
+    constants = {"W_BITS": weight_bits, "PREFETCHED": launch["BLOCK_K"], "EARLY": early, "launch_pdl": early} | launch
+    _int_gemv[grid](*words, *tail, rows, X_WORDS=size // 4, W_WORDS=width // 4, ACTIVATION=activation, **constants)
 
 
 def _launch_matmul(

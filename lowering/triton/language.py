@@ -188,6 +188,21 @@ def activate(x, NAME: tl.constexpr, dtype: tl.constexpr):
     return y
 
 
+@triton.jit
+def load_activated(x_at, gate_at, mask, ACTIVATION: tl.constexpr):
+    """Load activation(gate) * x, or activation(x) where there is no gate, rounded to the type of x."""
+    dtype: tl.constexpr = x_at.dtype.element_ty
+    values = tl.load(x_at, mask=mask, other=0)
+    if gate_at is not None:
+        gates = tl.load(gate_at, mask=mask, other=0).to(tl.float32)
+        values = round_to(activate(gates, ACTIVATION, dtype) * values.to(tl.float32), dtype)
+    elif ACTIVATION != "identity":
+        values = round_to(activate(values.to(tl.float32), ACTIVATION, dtype), dtype)
+    if (gate_at is not None or ACTIVATION != "identity") and dtype != tl.float32:
+        values = keep(values)
+    return values
+
+
 # -- loops -----------------------------------------------------------------------------------------
 
 
@@ -272,33 +287,34 @@ def _round_to_code(values, reciprocal, origin, lowest, highest):
 
 
 @triton.jit
-def store_quantized(values, codes_at, mask, scale, zero, sums, groups, is_group, size, clip, BITS: tl.constexpr):
-    """Quantise float32 [groups, A, B], A x B elements a group, and store codes, scale, zero point and sum of codes.
+def quantization(rows, clip, SYMMETRIC: tl.constexpr, BITS: tl.constexpr):
+    """Return the step, the zero point, and the lowest and the highest code of each group of float32 [groups, n].
 
-    ``quarot::quantize_activation`` defines the numbers, but for quotients at a tie between two codes: here they are
-    products with the scale's reciprocal. A group has ``size`` elements; masked ones must be 0, which is in any range.
+    All are float32. A group with a value that is not finite has one code only.
     """
     HIGHEST: tl.constexpr = 2.0 ** (BITS - 1) - 1
     LOWEST: tl.constexpr = -HIGHEST - 1
-    CODE_OF_NAN: tl.constexpr = 0.0 if zero is None else LOWEST
-    rows = rows_of_groups(values)
+    CODE_OF_NAN: tl.constexpr = 0.0 if SYMMETRIC else LOWEST
     largest = _largest_magnitude(rows)
     is_finite = largest < float("inf")
-    if zero is None:
+    if SYMMETRIC:
         step = divide_scalars(largest * clip, HIGHEST)
         step = tl.where(step == 0, 1.0, step)
-        origin = None
+        zeros = tl.zeros_like(step)
     else:
         low = tl.minimum(tl.min(rows, axis=1), 0.0) * clip
         high = tl.maximum(tl.max(rows, axis=1), 0.0) * clip
         step = divide_scalars(high - low, 2 * HIGHEST + 1)
-        step = tl.where(step == 0, 1.0, tl.where(is_finite, step, largest))
+        step = tl.where(is_finite, tl.where(step == 0, 1.0, step), largest)  # of NaNs only, low and high may be 0
         zeros = _round_to_code(-low, divide_scalars(1.0, step), LOWEST, LOWEST, HIGHEST) - ROUND_TO_INTEGER
         zeros = tl.where(is_finite, zeros, CODE_OF_NAN)
-        tl.store(zero + groups, zeros.to(tl.int32), mask=is_group)
-        origin = zeros[:, None, None]
-    # A group with a value that is not finite has one code only: clamping to it costs nothing.
-    lowest, highest = tl.where(is_finite, LOWEST, CODE_OF_NAN), tl.where(is_finite, HIGHEST, CODE_OF_NAN)
+    return step, zeros, tl.where(is_finite, LOWEST, CODE_OF_NAN), tl.where(is_finite, HIGHEST, CODE_OF_NAN)
+
+
+@triton.jit
+def store_codes(values, codes_at, mask, step, zeros, lowest, highest, size, SYMMETRIC: tl.constexpr):
+    """Store the codes of float32 [groups, A, B] and return sums over ``size`` elements each; the rest must be 0."""
+    origin = None if SYMMETRIC else zeros[:, None, None]
     reciprocal = divide_scalars(1.0, step)[:, None, None]
     shifted = _round_to_code(values, reciprocal, origin, lowest[:, None, None], highest[:, None, None])
     bits = shifted.to(tl.int32, bitcast=True)
@@ -307,8 +323,23 @@ def store_quantized(values, codes_at, mask, scale, zero, sums, groups, is_group,
     else:
         codes = (shifted - ROUND_TO_INTEGER).to(codes_at.dtype.element_ty)
     tl.store(codes_at, codes, mask=mask)
-    tl.store(scale + groups, step, mask=is_group)
     total = tl.sum(rows_of_groups(bits - ROUND_TO_INTEGER_BITS), axis=1)
-    if zero is not None:
+    if not SYMMETRIC:
         total -= (values.shape[1] * values.shape[2] - size) * zeros.to(tl.int32)
+    return total
+
+
+@triton.jit
+def store_quantized(values, codes_at, mask, scale, zero, sums, groups, is_group, size, clip, BITS: tl.constexpr):
+    """Quantise float32 [groups, A, B], A x B elements a group, and store codes, scale, zero point and sum of codes.
+
+    ``quarot::quantize_activation`` defines the numbers, but for quotients at a tie between two codes: here they are
+    products with the scale's reciprocal. A group has ``size`` elements; masked ones must be 0, which is in any range.
+    """
+    SYMMETRIC: tl.constexpr = zero is None
+    step, zeros, lowest, highest = quantization(rows_of_groups(values), clip, SYMMETRIC, BITS)
+    total = store_codes(values, codes_at, mask, step, zeros, lowest, highest, size, SYMMETRIC)
+    tl.store(scale + groups, step, mask=is_group)
     tl.store(sums + groups, total, mask=is_group)
+    if not SYMMETRIC:
+        tl.store(zero + groups, zeros.to(tl.int32), mask=is_group)

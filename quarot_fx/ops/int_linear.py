@@ -107,6 +107,8 @@ def _inputs(generator: torch.Generator) -> Iterator[tuple[Any, ...]]:
         yield case(tokens, 40, 512, dtype=torch.float16, bias=True)
         yield _extreme_case(tokens, int8)
         yield _extreme_case(tokens, float8)
+    yield case(1, 40, 272, bits=8, weight_bits=8)
+    yield case(2, 40, 272, bits=8, weight_bits=8, weight_symmetric=False, symmetric=False)
     yield case(0, 40, 512)
 
 
