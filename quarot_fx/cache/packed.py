@@ -42,7 +42,7 @@ class PackedTensor:
         """
         self.size, self.dtype = like.shape[-1], like.dtype
         if isinstance(self.format, QuantizedFormat) and self.format.group and self.size % self.format.group:
-            raise GroupSizeError(option="group", group=self.format.group, size=self.size, where=self.where)
+            raise GroupSizeError(option="group", group=self.format.group, size=self.size, where=f"each of {self.where}")
         empty = self.format.pack(self.format.quantize(like[:, :, :0]))  # also makes the constants of the rotation
         # Zeros, because what no token has filled yet is read, too, if with weight 0: it must be finite.
         self.parts = tuple(part.new_zeros((*part.shape[:2], capacity, part.shape[-1])) for part in empty)
