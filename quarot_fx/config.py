@@ -193,16 +193,19 @@ def _frozen_overrides(overrides: Any) -> tuple[Any, ...]:
 
 
 def check_bits(name: str, bits: Any) -> None:
+    """Raise an OptionError unless an option is a number of bits."""
     if not isinstance(bits, int) or isinstance(bits, bool) or not (2 <= bits <= 8 or bits == UNQUANTIZED_BITS):
         raise OptionError(name=name, value=bits, reason=f"must be 2 to 8, or {UNQUANTIZED_BITS} to leave alone")
 
 
 def check_group(name: str, group: Any) -> None:
+    """Raise an OptionError unless an option is the size of a group, or None."""
     if group is not None and (not isinstance(group, int) or isinstance(group, bool) or group < 1):
         raise OptionError(name=name, value=group, reason="must be a positive integer, or None for no groups")
 
 
 def check_clip(name: str, clip: Any) -> None:
+    """Raise an OptionError unless an option is a clip ratio."""
     if clip == "search" and name == "w_clip":
         return
     if isinstance(clip, bool) or not isinstance(clip, int | float) or not 0 < clip <= 1:

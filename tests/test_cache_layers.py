@@ -273,9 +273,7 @@ def test_keys_unlike_those_before(change, given):
 
 def test_a_group_that_divides_keys_and_not_values():
     layer = StaticLayer(QuantizedFormat(4, 4), QuantizedFormat(4, 4), "layer 3", ROOM)
-    with pytest.raises(
-        GroupSizeError, match="group=4 does not divide the 6 elements that each of the values of layer 3 has"
-    ):
+    with pytest.raises(GroupSizeError, match=r"group=4 .* the 6 elements that each of the values of layer 3 has"):
         layer.update(*keys_and_values(1, 1))
 
 

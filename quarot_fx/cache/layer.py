@@ -38,14 +38,14 @@ class PackedLayer(CacheLayerMixin):
         raise NotImplementedError
 
     @property
-    def keys(self) -> Tensor:
-        """All keys as attention reads them, [batch, heads, tokens, size], decoded at every access."""
-        return self._read(self.packed_keys)
+    def keys(self) -> Tensor | None:  # type: ignore[override]  # there an attribute
+        """Keys that are stored, as attention reads them, [batch, heads, tokens, size]: decoded at every access."""
+        return self._read(self.packed_keys) if self.is_initialized else None
 
     @property
-    def values(self) -> Tensor:
-        """All values as attention reads them, [batch, heads, tokens, size], decoded at every access."""
-        return self._read(self.packed_values)
+    def values(self) -> Tensor | None:  # type: ignore[override]  # there an attribute
+        """Values that are stored, as attention reads them, [batch, heads, tokens, size]: decoded at every access."""
+        return self._read(self.packed_values) if self.is_initialized else None
 
     def _read(self, packed: PackedTensor) -> Tensor:
         return packed.read(int(self.get_seq_length()))
@@ -74,7 +74,8 @@ class PackedLayer(CacheLayerMixin):
         Args:
             key_states: [batch, heads, tokens, size of a key].
             value_states: [batch, heads, tokens, size of a value].
-            args, kwargs: what models pass for other caches.
+            *args: what models pass for other caches.
+            **kwargs: likewise.
 
         Returns:
             Keys and values, [batch, heads, n, size], for the n and the positions that :meth:`get_mask_sizes` told.

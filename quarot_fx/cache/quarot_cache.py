@@ -23,6 +23,8 @@ from quarot_fx.cache.sliding import GrowingSlidingLayer, StaticSlidingLayer
 from quarot_fx.cache.static import StaticLayer
 from quarot_fx.errors import CacheModelError, OptionError
 
+OWN_CACHE = "Let the model make its own cache"
+
 
 class QuarotCache(Cache):
     """A KV cache that stores rotated keys and values in a few bits: ``model.generate(..., past_key_values=cache)``.
@@ -74,7 +76,8 @@ class QuarotCache(Cache):
         per_layer = [[size] * len(self.layers) if isinstance(size, int) else size for size in sizes]
         for layer, heads, k_size, v_size in zip(self.layers, *per_layer, strict=True):
             make = torch.empty(batch_size, heads, 0, max(k_size, v_size), dtype=dtype, device=device)
-            initialize(layer, make[..., :k_size], make[..., :v_size])
+            if layer.supports_early_init and not layer.is_initialized:
+                layer.lazy_initialization(make[..., :k_size], make[..., :v_size])
 
     @property
     def nbytes(self) -> int:
@@ -94,19 +97,17 @@ class QuarotCache(Cache):
         return f"{type(self).__name__}({self.report().summary()})"
 
 
-def initialize(layer: Any, keys: Tensor, values: Tensor) -> None:
-    """Make the tensors of a layer for keys and values like these, [batch, heads, any, size], if that can be done."""
-    if layer.supports_early_init and not layer.is_initialized:
-        layer.lazy_initialization(keys, values)
-
-
 # -- which layers ----------------------------------------------------------------------------------
 
 
 def _layers(config: PretrainedConfig, max_cache_len: int | None, options: CacheOptions) -> list[Any]:
     """Return transformers' own layers for a model, ours in the place of those that store keys and values alone."""
-    growing = DynamicCache(config=config).layers
-    static = None if max_cache_len is None else StaticCache(config=config, max_cache_len=max_cache_len).layers
+    try:
+        growing = DynamicCache(config=config).layers
+        static = None if max_cache_len is None else StaticCache(config=config, max_cache_len=max_cache_len).layers
+    except (AttributeError, KeyError) as error:
+        reason = f"transformers itself makes none of this kind for it: {error!r}"
+        raise CacheModelError(what=f"a {config.model_type!r} model", reason=reason, remedy=OWN_CACHE) from error
     layers: list[Any] = []
     for index, layer in enumerate(growing):
         if type(layer) in (DynamicLayer, DynamicSlidingWindowLayer):
@@ -131,7 +132,7 @@ def _check_serves(config: PretrainedConfig, layers: list[Any], is_static: bool) 
     what = f"a {config.model_type!r} model"
     if not any(isinstance(layer, PackedLayer) for layer in layers):
         reason = "none of its layers stores the keys and values of tokens, and nothing else"
-        raise CacheModelError(what=what, reason=reason, remedy="Let generate make the model's own cache")
+        raise CacheModelError(what=what, reason=reason, remedy=OWN_CACHE)
     if not is_static:
         return
     if "flash" in (getattr(config, "_attn_implementation", None) or ""):

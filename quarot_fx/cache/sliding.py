@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -53,7 +55,7 @@ class GrowingSlidingLayer(GrowingLayer):
         self.record_past = True
 
     def _read(self, packed: PackedTensor) -> Tensor:
-        return packed.read(min(packed.capacity, self.window))
+        return packed.read()
 
     def _append(self, key_states: Tensor, value_states: Tensor) -> tuple[Tensor, Tensor]:
         tokens = key_states.shape[-2]
@@ -116,7 +118,7 @@ class StaticSlidingLayer(StaticLayer):
         """What the layer keeps, for a report."""
         return f"window of {self.window}"
 
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+    def get_mask_sizes(self, query_length: int) -> tuple[int, Any]:
         """Return how many keys so many queries will see, and the position of the first, a tensor in a graph."""
         if self.is_empty:
             return query_length, 0

@@ -57,7 +57,7 @@ class StaticLayer(PackedLayer):
         for tensor in (self.length, *self.packed_keys.parts, *self.packed_values.parts):
             torch._dynamo.mark_static_address(tensor)
 
-    def get_seq_length(self) -> int | Tensor:
+    def get_seq_length(self) -> Any:
         """Return the number of tokens stored: 0, known when a graph is compiled, or a tensor int64 []."""
         return 0 if self.is_empty else self.length
 
