@@ -20,6 +20,8 @@ _HOME = {
     "RotationPlan": "quarot_fx.basis.plan",
     "Rotation": "quarot_fx.rotation",
     "Pass": "quarot_fx.passes.base",
+    "QuarotCache": "quarot_fx.cache.quarot_cache",
+    "generation_cache": "quarot_fx.cache.generation",
     "QuarotError": "quarot_fx.errors",
 }
 __all__ = [*sorted(_HOME), "__version__"]

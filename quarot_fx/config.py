@@ -106,11 +106,11 @@ class QuarotConfig:
         self._set("disabled_passes", tuple(self.disabled_passes))
         self._set("overrides", _frozen_overrides(self.overrides))
         for name in ("w_bits", "a_bits", "k_bits", "v_bits"):
-            _check_bits(name, getattr(self, name))
+            check_bits(name, getattr(self, name))
         for name in ("w_group", "a_group", "kv_group"):
-            _check_group(name, getattr(self, name))
+            check_group(name, getattr(self, name))
         for name in ("w_clip", "a_clip", "kv_clip"):
-            _check_clip(name, getattr(self, name))
+            check_clip(name, getattr(self, name))
         for name in ("w_sym", "a_sym", "kv_sym", "check", "free_originals"):
             _check_flag(name, getattr(self, name))
         if not isinstance(self.seed, int) or isinstance(self.seed, bool) or self.seed < 0:
@@ -192,17 +192,20 @@ def _frozen_overrides(overrides: Any) -> tuple[Any, ...]:
     return tuple(frozen)
 
 
-def _check_bits(name: str, bits: Any) -> None:
+def check_bits(name: str, bits: Any) -> None:
+    """Raise an OptionError unless an option is a number of bits."""
     if not isinstance(bits, int) or isinstance(bits, bool) or not (2 <= bits <= 8 or bits == UNQUANTIZED_BITS):
         raise OptionError(name=name, value=bits, reason=f"must be 2 to 8, or {UNQUANTIZED_BITS} to leave alone")
 
 
-def _check_group(name: str, group: Any) -> None:
+def check_group(name: str, group: Any) -> None:
+    """Raise an OptionError unless an option is the size of a group, or None."""
     if group is not None and (not isinstance(group, int) or isinstance(group, bool) or group < 1):
         raise OptionError(name=name, value=group, reason="must be a positive integer, or None for no groups")
 
 
-def _check_clip(name: str, clip: Any) -> None:
+def check_clip(name: str, clip: Any) -> None:
+    """Raise an OptionError unless an option is a clip ratio."""
     if clip == "search" and name == "w_clip":
         return
     if isinstance(clip, bool) or not isinstance(clip, int | float) or not 0 < clip <= 1:

@@ -121,6 +121,48 @@ class OriginalsFreedError(QuarotError):
     )
 
 
+# -- the KV cache ----------------------------------------------------------------------------------
+
+
+class CacheModelError(QuarotError, ValueError):
+    """A model, or its config, that this kind of cache does not serve."""
+
+    template = "no such cache for {what}: {reason}. {remedy}"
+
+
+class CacheFullError(QuarotError, ValueError):
+    """More tokens came than a cache has room for."""
+
+    template = (
+        "{where} holds {length} of at most {capacity} tokens, and {tokens} more came. Make the cache with "
+        "max_cache_len={needed} or more, or without max_cache_len, so that it grows."
+    )
+
+
+class CacheInputError(QuarotError, ValueError):
+    """Keys or values that differ in batch, heads, size or dtype from those that a cache was made for."""
+
+    template = (
+        "{where} are {given}, and the cache was made for {made}. Use a cache of its own for each model and batch size; "
+        "beams and returned sequences count as sequences of the batch."
+    )
+
+
+class CropError(QuarotError, ValueError):
+    """Tokens that cannot be taken back from a cache."""
+
+    template = "cannot take back {tokens} tokens from {where}: {reason}."
+
+
+class OffloadError(QuarotError):
+    """A cache whose tensors have fixed addresses was to move to the CPU."""
+
+    template = (
+        "{where} cannot be offloaded: compiled graphs hold the addresses of its tensors. Make the cache without "
+        "max_cache_len."
+    )
+
+
 # -- the command line ------------------------------------------------------------------------------
 
 

@@ -78,13 +78,22 @@ class LinearRecord:
 
 @dataclass(frozen=True)
 class CacheRecord:
-    """What became of the keys or values of one attention."""
+    """What became of the keys or values of one attention.
+
+    Attributes:
+        where: the attention, in the user's model.
+        kind: ``"key"`` or ``"value"``.
+        bits: of a code; 16 if left alone.
+        rotated, reason: as of a linear layer.
+        by: ``"simulation"``, at every read; ``"cache"``, one of the caller's that holds codes; or nothing.
+    """
 
     where: str
     kind: str
     bits: int
     rotated: str
     reason: str = ""
+    by: str = ""
 
 
 @dataclass(frozen=True)
@@ -242,11 +251,16 @@ def _coverage_table(linears: list[LinearRecord], caches: list[CacheRecord]) -> A
         table.add_column(column, justify="right" if column == "count" else "left", overflow="fold")
     rows = Counter(
         [(_without_index(r.parameter), f"W{r.w_bits}A{r.a_bits}", r.rotated, _without_index(r.reason)) for r in linears]
-        + [(f"{r.kind}s", f"KV{r.bits}", r.rotated, _without_index(r.reason)) for r in caches]
+        + [(_cache(r), f"KV{r.bits}", r.rotated, _without_index(r.reason)) for r in caches]
     )
     for (what, bits, rotated, reason), count in rows.items():
         table.add_row(what, bits, rotated, str(count), reason)
     return table
+
+
+def _cache(record: CacheRecord) -> str:
+    by = {"simulation": ", quantised when read", "cache": ", quantised by the cache", "": ""}
+    return f"{record.kind}s{by[record.by]}"
 
 
 def _without_index(text: str) -> str:
