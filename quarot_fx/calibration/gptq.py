@@ -205,8 +205,7 @@ class _Scales:
 
 def _squares(weight: Tensor, hessian: Tensor) -> Tensor:
     """Return the diagonal of ``W H W^T``: the squares of what each row of a matrix makes of the inputs, summed."""
-    weight = weight.to(hessian.dtype)
-    return ((weight @ hessian) * weight).sum(-1)
+    return ((weight @ hessian.to(weight.dtype)) * weight).sum(-1)
 
 
 def _relative(change: Tensor, whole: Tensor) -> float:
