@@ -30,9 +30,7 @@ def cover(program: Program) -> Report:
         is_left = layer.w_bits == layer.a_bits == UNQUANTIZED_BITS
         reason = declined.get(layer.parameter, site.why) if is_left else site.why
         linears.append(
-            LinearRecord(
-                layer.parameter, layer.w_bits, layer.a_bits, site.rotated, reason, layer.role, layer.rounding
-            )
+            LinearRecord(layer.parameter, layer.w_bits, layer.a_bits, site.rotated, reason, layer.role, layer.rounding)
         )
     caches = []
     for read in reads_of_keys_and_values(program.graph):

@@ -133,6 +133,7 @@ _CONTENTS: WeakTensorKeyDictionary = WeakTensorKeyDictionary()  # digests
 
 
 def content(tensor: torch.Tensor) -> bytes:
+    """Return a digest of a tensor's content, which is computed once."""
     if tensor not in _CONTENTS:
         plain = tensor.detach().contiguous().reshape(-1).view(torch.uint8).cpu().numpy()
         _CONTENTS[tensor] = hashlib.blake2b(plain.tobytes()).digest()

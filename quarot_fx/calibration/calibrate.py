@@ -43,9 +43,9 @@ def calibrate(
 ) -> Calibration:
     """Round the weights of a model by GPTQ; ``torch.compile`` and ``rewrite`` with the same options then use its codes.
 
-    The model is captured and rotated as the backend does it, and run layer by layer on all sequences: each layer's weight
-    is rounded on the inputs that it gets from the layers before, whose weights are rounded already. The model itself
-    stays as it is. Codes are kept as long as its parameters, unchanged.
+    The model is captured and rotated as the backend does it, and run layer by layer on all sequences: each layer's
+    weight is rounded on the inputs that it gets from the layers before, whose weights are rounded already. The model
+    itself stays as it is. Codes are kept as long as its parameters, unchanged.
 
     Args:
         model: an ``nn.Module`` in eval mode that takes token ids [batch, length] first; it has to trace to one graph.
@@ -55,8 +55,8 @@ def calibrate(
         samples: windows that are drawn from a text.
         length: tokens in a window of a text.
         gptq: options of GPTQ, or a mapping of such.
-        state: a folder that codes are saved in after every step, as safetensors with an index in JSON. If they are there
-            already, calibration goes on after them.
+        state: a folder that codes are saved in after every step, as safetensors with an index in JSON. If they are
+            there already, calibration goes on after them.
         offload: keep activations on the CPU while they wait.
         options: fields of :class:`~quarot_fx.config.QuarotConfig`; ``w_rounding`` is ``"gptq"`` unless given.
 
@@ -101,7 +101,8 @@ def calibrate(
                 remember(node, one)
             inputs.release(group)
             weights += records
-    return Calibration(tuple(weights), how, *tokens.shape, time.perf_counter() - start)
+    seconds = time.perf_counter() - start
+    return Calibration(tuple(weights), how, sequences=len(tokens), length=tokens.shape[1], seconds=seconds)
 
 
 def _device(model: Callable[..., Any]) -> torch.device | None:

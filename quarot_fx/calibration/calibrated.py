@@ -1,7 +1,7 @@
 """Codes that calibration found, kept as long as the weights that they were made of, for every graph that is compiled.
 
-An entry is known by how the weight was made, as in :mod:`quarot_fx.store`: the same rotations, the same scheme, the same
-content of the same parameters. Anything else was not calibrated.
+An entry is known by how the weight was made, as in :mod:`quarot_fx.store`: the same rotations, the same scheme, the
+same content of the same parameters. Anything else was not calibrated.
 """
 
 from __future__ import annotations

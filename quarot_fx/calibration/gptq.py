@@ -56,7 +56,7 @@ class Rounded:
         fields = (self.codes, self.scale, self.zero, self.outputs, self.changes, self.nearest_changes)
         parts = [[None] * len(sizes) if field is None else field.split(sizes) for field in fields]
         for codes, scale, zero, *sums in zip(*parts, strict=True):
-            yield Rounded(codes, scale, zero, self.damping, *sums)  # type: ignore[arg-type]
+            yield Rounded(codes, scale, zero, self.damping, *sums)
 
 
 @torch.no_grad()
@@ -121,8 +121,8 @@ def _factor(matrix: Tensor, rows: int, options: GPTQOptions, name: str) -> tuple
 
 
 def _towards_target(weight: Tensor, shifts: Tensor, factor: Tensor, order: Tensor | None) -> Tensor:
-    """Return the weight that comes closest, on the inputs that there are, to what the given one makes of the inputs that
-    should have been: ``W + W D H^-1``, the solution of a ridge regression towards W.
+    """Return the weight that comes closest, on the inputs that there are, to what the given one makes of the inputs
+    that should have been: ``W + W D H^-1``, the solution of a ridge regression towards W.
     """
     change = weight.double() @ shifts
     if order is not None:

@@ -26,7 +26,7 @@ class Hessian:
         self._shifts = torch.zeros_like(self._moments) if with_target else None
 
     def add(self, x: Tensor, target: Tensor | None = None) -> None:
-        """Take rows x [n, size] into account and, where they are kept, the rows [n, size] that they should have been."""
+        """Take rows x [n, size] into account and, where that is kept, the rows [n, size] that they should have been."""
         x = x.to(torch.promote_types(x.dtype, torch.float32))
         self.rows += len(x)
         self._moments += x.T @ x

@@ -61,11 +61,13 @@ class LayerInputs:
         return group[0].x in self._float_x and group[0].route is None
 
     def rows(self, group: Sequence[Product], matrix: int) -> Iterator[tuple[Tensor, Tensor | None]]:
-        """Yield, for one sequence after another, the rows [m, n] that meet one matrix of a group's weights, and the rows
-        [m, n] of the float model, if they are known.
+        """Yield, for one sequence after another, the rows [m, n] that meet one matrix of a group's weights, and those
+        of the float model, if they are known.
         """
         product = group[0]
-        targets = self._float.values(self._float_x[product.x]) if self._float and self.has_target(group) else repeat(None)
+        targets = (
+            self._float.values(self._float_x[product.x]) if self._float and self.has_target(group) else repeat(None)
+        )
         routes = repeat(None) if product.route is None else self._stream.values(product.route)
         for x, route, target in zip(self._stream.values(product.x), routes, targets, strict=False):
             yield product.rows(x, route, matrix), None if target is None else product.rows(target, None, matrix)

@@ -23,12 +23,14 @@ class GPTQOptions:
         max_damping: damping is multiplied by 10, up to this, where a Hessian needs more of it; ``None`` makes that an
             error.
         act_order: columns whose inputs are largest are rounded first.
-        group_scales: of groups, where ``w_group`` asks for these: ``"dynamic"``, found when the first column of the group
-            is reached, from weights that make up for the errors so far; or ``"static"``, from the weight as it was.
+        group_scales: of groups, where ``w_group`` asks for these: ``"dynamic"``, found when the first column of the
+            group is reached, from weights that make up for the errors of all blocks before; or ``"static"``, from the
+            weight as it was.
         quantized_inputs: Hessians of activations, keys and values that are quantised as they will be at run time.
         target: what a layer is to compute: ``"layer"``, what its float weight makes of the inputs that reach it; or
             ``"model"``, what it computes in the float model, so that it also makes up for the errors of the layers
             before (GPTAQ, Li et al. 2025; Qronos, Zhang et al. 2025). The latter runs both models side by side.
+            Experts are always fitted to ``"layer"``: each of the two models sends them tokens of its own choice.
 
     Raises:
         OptionError: a value is out of range.

@@ -65,7 +65,7 @@ class Calibration:
 
     @property
     def underdetermined(self) -> tuple[CalibratedWeight, ...]:
-        """Matrices that fewer tokens reached than they have inputs: GPTQ rounds them as well as these and damping tell."""
+        """Matrices that fewer tokens reached than they have inputs: GPTQ makes of these, and of damping, what it can."""
         return tuple(weight for weight in self.weights if 0 < weight.tokens < weight.inputs)
 
     def as_dict(self) -> dict[str, Any]:
@@ -85,7 +85,9 @@ class Calibration:
             alike[re.sub(r"\b\d+\b", "*", weight.name)].append(weight)
         for name, found in alike.items():
             tokens = _span([weight.tokens for weight in found])
-            errors = [sum(values) / len(found) for values in zip(*((w.error, w.nearest_error) for w in found), strict=True)]
+            errors = [
+                sum(values) / len(found) for values in zip(*((w.error, w.nearest_error) for w in found), strict=True)
+            ]
             table.add_row(name, str(len(found)), tokens, *(f"{error:.4f}" for error in errors))
         parts: list[RenderableType] = [table]
         if self.unseen:

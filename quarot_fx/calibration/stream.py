@@ -1,11 +1,12 @@
 """Runs a captured graph on all calibration sequences at once, node by node, as far as it is asked to.
 
-Between two stops only the values live that something later reads, and constants only while a segment reads them: weights
-are rotated, and codes dequantised, once for all sequences.
+Between two stops only the values live that something later reads, and constants only while a segment reads them:
+weights are rotated, and codes dequantised, once for all sequences.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -25,7 +26,7 @@ class Stream:
         tokens: the placeholder that differs from sequence to sequence.
         sequences: its values, each of the shape that the graph was captured with.
         inputs: the values of all other placeholders.
-        wanted: the nodes that :meth:`advance` will be asked for.
+        wanted: the nodes that :meth:`advance` will be asked for, each as often as :meth:`forget` will be.
         offload: keep values on the CPU between stops.
     """
 
@@ -38,9 +39,9 @@ class Stream:
         wanted: Iterable[fx.Node],
         offload: bool = False,
     ) -> None:
-        wanted = list(wanted)
+        self._wanted = Counter(wanted)
         self._constants = Constants(graph)
-        needed = with_sources(*wanted)
+        needed = with_sources(*self._wanted)
         self._nodes = [node for node in graph.nodes if node in needed and node not in self._constants]
         self._places = {node: place for place, node in enumerate(self._nodes)}
         self._last_use = dict.fromkeys((tokens, *needed), -1)
@@ -49,13 +50,13 @@ class Stream:
             self._last_use.update(dict.fromkeys(node.all_input_nodes, place))
             if any(source in self._varying and reads_values(node, source) for source in node.all_input_nodes):
                 self._varying.add(node)
-        self._last_use.update(dict.fromkeys(wanted, len(self._nodes)))  # until whoever wants them has read them
+        self._last_use.update(dict.fromkeys(self._wanted, len(self._nodes)))  # until whoever wants them has read them
         self._device, self._offload = sequences[0].device, offload
         self._shared: dict[fx.Node, Any] = {node: value for node, value in inputs.items() if node in needed}
         self._values: list[dict[fx.Node, Any]] = [{tokens: sequence} for sequence in sequences]
         self._next = 0
 
-    def advance(self, wanted: Iterable[fx.Node]) -> None:
+    def advance(self, wanted: Sequence[fx.Node]) -> None:
         """Run as far as it takes to compute some nodes."""
         segment = self._nodes[self._next : 1 + max(self._places.get(node, -1) for node in wanted)]
         self._next += len(segment)
@@ -76,10 +77,14 @@ class Stream:
         for values in self._values:
             yield self._here(self._shared[node] if node in self._shared else values[node])
 
-    def forget(self, wanted: Iterable[fx.Node]) -> None:
-        """Let go of the values of wanted nodes, unless something later reads them."""
+    def forget(self, wanted: Sequence[fx.Node]) -> None:
+        """Let go of the values of wanted nodes, unless they are wanted again or something later reads them."""
+        self._wanted.subtract(wanted)
         for node in wanted:
-            self._last_use[node] = max((self._places[user] for user in node.users if user in self._places), default=-1)
+            if not self._wanted[node]:
+                self._last_use[node] = max(
+                    (self._places[user] for user in node.users if user in self._places), default=-1
+                )
         for values in self._values:
             self._drop_read(values)
 

@@ -64,8 +64,8 @@ def _inputs(generator: torch.Generator) -> Iterator[tuple[Any, ...]]:
 
 quantize_weight = declare(
     OpDeclaration(
-        schema='quantize_weight(Tensor weight, int bits, int? group, float? clip, bool symmetric, str rounding="nearest")'
-        " -> (Tensor codes, Tensor scale, Tensor zero)",
+        schema="quantize_weight(Tensor weight, int bits, int? group, float? clip, bool symmetric,"
+        " str rounding='nearest') -> (Tensor codes, Tensor scale, Tensor zero)",
         reference=_reference,
         fake=_fake,
         inputs=_inputs,
