@@ -23,7 +23,7 @@ from quarot_fx.calibration.rounding import round_weights
 from quarot_fx.calibration.state import CalibrationState
 from quarot_fx.config import QuarotConfig
 from quarot_fx.errors import NothingToCalibrateError
-from quarot_fx.progress import progress_bar
+from quarot_fx.progress import track
 
 CHANGE_NO_CODE = {"nested_backend", "mode", "kernels", "check", "free_originals"}  # options that codes do not depend on
 
@@ -86,21 +86,20 @@ def calibrate(
             forget(product.quantization)
     inputs = LayerInputs(programs, tokens, groups, how, offload)
     weights: list[CalibratedWeight] = []
-    with progress_bar() as progress:
-        for step, group in enumerate(progress.track(groups, description="GPTQ")):
-            nodes = [product.quantization for product in group]
-            if done < len(groups):  # the layers that are still to come need their inputs
-                inputs.advance(group)
-            if saved is not None and step < done:
-                codes, records = saved.load(step, nodes)
-            else:
-                codes, records = round_weights(group, inputs, how)
-                if saved is not None:
-                    saved.save(nodes, codes, records)
-            for node, one in zip(nodes, codes, strict=True):
-                remember(node, one)
-            inputs.release(group)
-            weights += records
+    for step, group in enumerate(track(groups, "GPTQ")):
+        nodes = [product.quantization for product in group]
+        if done < len(groups):  # the layers that are still to come need their inputs
+            inputs.advance(group)
+        if saved is not None and step < done:
+            codes, records = saved.load(step, nodes)
+        else:
+            codes, records = round_weights(group, inputs, how)
+            if saved is not None:
+                saved.save(nodes, codes, records)
+        for node, one in zip(nodes, codes, strict=True):
+            remember(node, one)
+        inputs.release(group)
+        weights += records
     seconds = time.perf_counter() - start
     return Calibration(tuple(weights), how, sequences=len(tokens), length=tokens.shape[1], seconds=seconds)
 

@@ -65,7 +65,7 @@ class Calibration:
 
     @property
     def underdetermined(self) -> tuple[CalibratedWeight, ...]:
-        """Matrices that fewer tokens reached than they have inputs: GPTQ makes of these, and of damping, what it can."""
+        """Matrices that fewer tokens reached than they have inputs: GPTQ makes of these and of damping what it can."""
         return tuple(weight for weight in self.weights if 0 < weight.tokens < weight.inputs)
 
     def as_dict(self) -> dict[str, Any]:

@@ -29,6 +29,7 @@ def evaluate(
     text: Annotated[str, typer.Option(help="A text file, a dataset such as 'wikitext2', or 'pydoc'.")] = "pydoc",
     windows: Annotated[int | None, typer.Option(min=1, help="Only the first N windows.")] = None,
     window_length: Annotated[int, typer.Option(min=2, help="Tokens in a window.")] = 2048,
+    batch: Annotated[int, typer.Option(min=1, help="Windows that the model gets at a time.")] = 1,
     settings: Annotated[str, typer.Option(help="Names separated by commas.")] = ",".join(DEFAULT_SETTINGS),
     option: OptionAssignments = None,
     calibration: Annotated[
@@ -40,7 +41,9 @@ def evaluate(
     ] = None,
     nested_backend: Annotated[str, typer.Option(help="What compiles the rewritten graph.")] = "eager",
     device: Annotated[str, typer.Option(help="cpu, cuda, ...")] = "cpu",
-    json_file: Annotated[Path | None, typer.Option("--json", help="Also write the numbers here.")] = None,
+    json_file: Annotated[
+        Path | None, typer.Option("--json", help="Also write the numbers here, after every setting.")
+    ] = None,
 ) -> None:
     """Measure perplexity under each setting, next to the float model's on the same windows."""
     options = parse_options(option or ())
@@ -66,42 +69,52 @@ def evaluate(
         seed = options.get("seed", 0)
         calibration_ids = calibration_tokens(calibration, tokenizer, samples, window_length, seed)
 
-    results: list[dict[str, Any]] = []
-    float_perplexity: float | None = None
+    record: dict[str, Any] = {
+        "command": shlex.join(["quarot-fx", *sys.argv[1:]]),
+        "model": model,
+        "text": {"name": text, "sha256": fingerprint(content)},
+        "windows": len(token_ids),
+        "window_length": window_length,
+        "calibration": calibration and {"text": calibration, "samples": samples},
+        "nested_backend": nested_backend,
+        **describe_environment(device),
+        "results": [],
+    }
     for setting in chosen:
         calibrated: dict[str, Any] = {}
         if setting.gptq is not None and calibration_ids is not None:
             how = quarot_fx.GPTQOptions.from_options({**gptq_options, **setting.gptq})
             report = quarot_fx.calibrate(network, calibration_ids, gptq=how, **(setting.options or {}))
             calibrated = {"gptq": asdict(how), "calibration_seconds": report.seconds}
-        measurement = measure(compile_model(network, setting, nested_backend), token_ids, setting.name)
+        measurement = measure(compile_model(network, setting, nested_backend), token_ids, setting.name, batch)
         gc.collect()  # compiled graphs lie in reference cycles, and the next setting needs their memory
-        if setting.options is None:
-            float_perplexity = measurement.perplexity
-        results.append({"setting": setting.name, "options": setting.options, **calibrated, **asdict(measurement)})
+        result = {"setting": setting.name, "options": setting.options, **calibrated, **asdict(measurement)}
+        record["results"].append(result)
+        _add_ratios(record["results"])
+        Console(stderr=True).print(f"{setting.name}: {measurement.perplexity:.6g}, {measurement.seconds:.0f} s")
+        if json_file:
+            _write(json_file, record)
+    title = f"{model}: {text}, {len(token_ids)} windows of {window_length} tokens"
+    Console().print(_table(record["results"], title))
+
+
+def _add_ratios(results: list[dict[str, Any]]) -> None:
+    float_perplexity = next((one["perplexity"] for one in results if one["options"] is None), None)
     for result in results:
         result["ratio"] = result["perplexity"] / float_perplexity if float_perplexity else None
 
-    Console().print(_table(results, f"{model}: {text}, {len(token_ids)} windows of {window_length} tokens"))
-    if json_file:
-        record = {
-            "command": shlex.join(["quarot-fx", *sys.argv[1:]]),
-            "model": model,
-            "text": {"name": text, "sha256": fingerprint(content)},
-            "windows": len(token_ids),
-            "window_length": window_length,
-            "calibration": calibration and {"text": calibration, "samples": samples},
-            "nested_backend": nested_backend,
-            **describe_environment(device),
-            "results": results,
-        }
-        json_file.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+
+def _write(file: Path, record: dict[str, Any]) -> None:
+    """Replace a file as a whole: what was measured stays readable while the rest is measured."""
+    new = file.with_name(f"{file.name}.new")
+    new.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    new.replace(file)
 
 
 def _table(results: list[dict[str, Any]], title: str) -> Table:
     table = Table(title=title)
     table.add_column("setting", overflow="fold")
-    for column in ("perplexity", "ratio to float", "seconds", "of it first window"):
+    for column in ("perplexity", "ratio to float", "seconds", "of it first batch"):
         table.add_column(column, justify="right", no_wrap=True)
     for result in results:
         ratio = "" if result["ratio"] is None else f"{result['ratio']:.5g}"
