@@ -13,7 +13,8 @@ from quarot_fx.errors import OptionError, UnknownOptionError
 UNQUANTIZED_BITS = 16
 ROTATIONS = ("hadamard", "random", "none")
 KERNELS = ("auto", "reference", "none")
-OVERRIDABLE = ("w_bits", "a_bits", "w_group", "a_group", "w_sym", "a_sym", "w_clip", "a_clip")
+ROUNDINGS = ("nearest", "gptq")
+OVERRIDABLE = ("w_bits", "a_bits", "w_group", "a_group", "w_sym", "a_sym", "w_clip", "a_clip", "w_rounding")
 SKIP: Mapping[str, Any] = {"w_bits": UNQUANTIZED_BITS, "a_bits": UNQUANTIZED_BITS}
 
 
@@ -47,6 +48,8 @@ class QuarotConfig:
         kv_group: channels of a key or value that share a scale; ``None`` is the head dimension.
         w_sym, a_sym, kv_sym: symmetric codes (True) or asymmetric with a zero point (False).
         w_clip, a_clip, kv_clip: clip ratio in (0, 1]; ``w_clip="search"`` finds the best one for every group.
+        w_rounding: of weights: ``"nearest"``, or ``"gptq"``, for which :func:`quarot_fx.calibrate` has to run first.
+            Embeddings that are quantised are always rounded to nearest: no product reads them.
         rotation: ``"hadamard"`` (randomised Hadamard matrices), ``"random"`` (random orthogonal matrices where
             weights absorb them, Hadamard where they run online) or ``"none"``.
         seed: of the random signs or matrices; the same seed gives the same weights on every machine.
@@ -82,6 +85,7 @@ class QuarotConfig:
     a_sym: bool = True
     kv_sym: bool = False
     w_clip: float | str = "search"
+    w_rounding: str = "nearest"
     a_clip: float = 0.9
     kv_clip: float = 0.95
     rotation: str = "hadamard"
@@ -119,6 +123,8 @@ class QuarotConfig:
             raise UnknownOptionError("rotation", str(self.rotation), ROTATIONS)
         if self.kernels not in KERNELS:
             raise UnknownOptionError("kernels", str(self.kernels), KERNELS)
+        if self.w_rounding not in ROUNDINGS:
+            raise UnknownOptionError("w_rounding", str(self.w_rounding), ROUNDINGS)
 
     def _set(self, name: str, value: Any) -> None:
         object.__setattr__(self, name, value)

@@ -30,7 +30,9 @@ def cover(program: Program) -> Report:
         site = sites.get(("linear", layer.node), none)
         is_left = layer.w_bits == layer.a_bits == UNQUANTIZED_BITS
         reason = declined.get(layer.parameter, site.why) if is_left else site.why
-        linears.append(LinearRecord(layer.parameter, layer.w_bits, layer.a_bits, site.rotated, reason, layer.role))
+        linears.append(
+            LinearRecord(layer.parameter, layer.w_bits, layer.a_bits, site.rotated, reason, layer.role, layer.rounding)
+        )
     caches = []
     for read in reads_of_keys_and_values(program.graph):
         site = sites.get((read.kind, read.name), none)
@@ -56,8 +58,9 @@ def _layers(graph: fx.Graph) -> Iterator[tuple[fx.Node, Sequence[Layer]]]:
             yield node, node.meta[LAYERS]
         elif node in linears:
             linear, weight = linears[node], quantized_weight(linears[node].weight)
-            w_bits = weight.bits if weight else UNQUANTIZED_BITS
-            yield node, [Layer(node.name, linear.parameter, w_bits, _activation_bits(linear.x), roles.role(linear))]
+            w_bits, rounding = (weight.bits, weight.rounding) if weight else (UNQUANTIZED_BITS, "")
+            a_bits = _activation_bits(linear.x)
+            yield node, [Layer(node.name, linear.parameter, w_bits, a_bits, roles.role(linear), rounding)]
 
 
 def _other_weights(graph: fx.Graph, layers: set[fx.Node]) -> Iterator[OtherWeight]:

@@ -163,6 +163,48 @@ class OffloadError(QuarotError):
     )
 
 
+# -- calibration -----------------------------------------------------------------------------------
+
+
+class NotCalibratedError(QuarotError):
+    """A weight is to be rounded by calibration, and there was none for this form of it."""
+
+    template = (
+        "weight {parameter!r} is to be rounded by w_rounding={rounding!r}, and no calibration has rounded it as it is "
+        "rotated and quantised here. Call quarot_fx.calibrate(model, data, ...) with the same options before."
+    )
+
+
+class NothingToCalibrateError(QuarotError, ValueError):
+    """Calibration was asked for, and no weight of the model is rounded by it."""
+
+    template = (
+        "the model has no weight to calibrate: under these options no linear layer is quantised with "
+        "w_rounding='gptq'. quarot_fx.explain(model, inputs, ...) says why not."
+    )
+
+
+class HessianError(QuarotError, ArithmeticError):
+    """The Hessian of a weight has no Cholesky factor."""
+
+    template = (
+        "the Hessian of {parameter!r} ({size} inputs, {tokens} tokens) is not positive definite with damping="
+        "{damping:g}: {reason}. {remedy}"
+    )
+
+
+class CalibrationDataError(QuarotError, ValueError):
+    """Calibration data of a form that cannot be used."""
+
+    template = "cannot calibrate on this data: {reason}. {remedy}"
+
+
+class CalibrationStateError(QuarotError, ValueError):
+    """A folder holds the state of another calibration than the one that is to be resumed."""
+
+    template = "cannot resume the calibration in {folder!r}: {reason}. Give an empty folder, or the same arguments."
+
+
 # -- the command line ------------------------------------------------------------------------------
 
 

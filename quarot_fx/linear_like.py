@@ -49,6 +49,7 @@ class Layer:
         parameter: the weight's name in the user's model.
         w_bits, a_bits: bits of the weight and of the activation that enters it.
         role: ``"head"`` or ``"router"``, or nothing.
+        rounding: of the weight, ``"nearest"`` or ``"gptq"``; nothing if it is left alone.
     """
 
     node: str
@@ -56,6 +57,7 @@ class Layer:
     w_bits: int
     a_bits: int
     role: str
+    rounding: str
 
 
 @dataclass(frozen=True)
