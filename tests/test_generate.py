@@ -1,5 +1,5 @@
-"""``generate`` of models that the backend compiles, with a cache of few bits: tokens are those of a graph without a cache,
-and nothing is compiled again once all graphs have been.
+"""``generate`` of compiled models with a cache of few bits: tokens are those of a graph without a cache, and nothing is
+compiled again once all graphs have been.
 """
 
 from __future__ import annotations
