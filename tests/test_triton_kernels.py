@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from graphs import outcome
 
 from quarot_fx.ops import DECLARATIONS, OpDeclaration
 
@@ -57,9 +58,8 @@ def test_kernel_agrees_with_the_reference(name: str, index: int) -> None:
     provider, arguments = declaration.providers["triton"], on_device(args)
     if (reason := provider.reason_against(*arguments)) is not None:
         pytest.skip(reason)
-    actual, expected = provider.implementation(*arguments), declaration.reference(*args)
-    if isinstance(expected, torch.Tensor):
-        actual, expected = (actual,), (expected,)
+    actual = outcome(declaration, provider.implementation, arguments)
+    expected = outcome(declaration, declaration.reference, args)
     for made, wanted in zip(actual, expected, strict=True):
         check_agrees(declaration, made, wanted, codes=expected[0].numel())
 
