@@ -8,6 +8,8 @@ last one in which a mask leaves anything are not read: of a cache that is not fu
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import torch
@@ -17,13 +19,31 @@ from torch import Tensor
 
 from quarot_fx.lowering.triton import tiles
 from quarot_fx.lowering.triton.device import describe
-from quarot_fx.lowering.triton.language import dot, let_dependents_start, round_to, rounds, wait_for_inputs
-from quarot_fx.lowering.triton.rotation_matrices import power_of_two_from
+from quarot_fx.lowering.triton.language import (
+    code_offset,
+    codes_as_floats,
+    dot,
+    let_dependents_start,
+    round_to,
+    rounds,
+    wait_for_inputs,
+)
+from quarot_fx.lowering.triton.rotation_matrices import SMALLEST_BLOCK, power_of_two_from
 
 MOST_SPLITS = 128
 COMBINED = 4096  # numbers that a program combines: 32 a thread
 SCANNED = tl.constexpr(4096)  # numbers of a mask that a program looks at together
 PRECISION = tl.constexpr("ieee")
+
+
+@triton.jit
+def _channels(SIZE: tl.constexpr, BLOCK: tl.constexpr, BITS: tl.constexpr):
+    """Return which elements of a key or value the columns of a block are: of packed bytes, first each one's lowest."""
+    column = tl.arange(0, BLOCK)
+    if BITS < 8:
+        BYTES: tl.constexpr = BLOCK * BITS // 8
+        column = column % BYTES * (8 // BITS) + column // BYTES
+    return column, column < SIZE
 
 
 @triton.jit
@@ -34,6 +54,51 @@ def _load_block(tensor, start, end, stride, KEYS: tl.constexpr, SIZE: tl.constex
     if SIZE < BLOCK:
         mask = mask & (column < SIZE)[None, :]
     return tl.load(tensor + start.to(tl.int64) * stride + key[:, None] * stride + column[None, :], mask=mask, other=0)
+
+
+@triton.jit
+def _load_codes(
+    codes,
+    scale,
+    zero,
+    start,
+    end,
+    stride,
+    stride_scale,
+    KEYS: tl.constexpr,
+    SIZE: tl.constexpr,
+    BLOCK: tl.constexpr,
+    BITS: tl.constexpr,
+    GROUP: tl.constexpr,
+    dtype: tl.constexpr,
+):
+    """Load packed keys or values [KEYS, BLOCK] as floats, with a factor and what is to be subtracted before, [KEYS].
+
+    Where a key has several groups, floats are multiplied out here.
+    """
+    BYTES: tl.constexpr = BLOCK * BITS // 8
+    GROUPS: tl.constexpr = SIZE // GROUP
+    packed = _load_block(codes, start, end, stride, KEYS, (SIZE * BITS + 7) // 8, BYTES)
+    floats = codes_as_floats(packed, BITS, dtype)
+    offset: tl.constexpr = code_offset(BITS, dtype)
+    key = tl.arange(0, KEYS)
+    at = start.to(tl.int64) * stride_scale + key * stride_scale
+    is_key = start + key < end
+    if GROUPS == 1:
+        factor = tl.load(scale + at, mask=is_key, other=0)
+        origin = tl.load(zero + at, mask=is_key, other=0).to(tl.float32) + offset
+    else:
+        GROUP_BLOCKS: tl.constexpr = BLOCK // GROUP
+        group = tl.arange(0, GROUP_BLOCKS)
+        at = at[:, None] + group[None, :]
+        is_group = is_key[:, None] & (group < GROUPS)[None, :]
+        origins = tl.load(zero + at, mask=is_group, other=0).to(tl.float32) + offset
+        factors = tl.load(scale + at, mask=is_group, other=0)
+        grouped = tl.reshape(floats.to(tl.float32), (KEYS, 8 // BITS, GROUP_BLOCKS, GROUP * BITS // 8))
+        grouped = (grouped - origins[:, None, :, None]) * factors[:, None, :, None]
+        floats = round_to(tl.reshape(grouped, (KEYS, BLOCK)), dtype)
+        factor, origin = None, None
+    return floats, factor, origin
 
 
 @triton.jit
@@ -63,7 +128,11 @@ def _quotient(x, total):
 def _attend(
     q,
     k,
+    k_scale,
+    k_zero,
     v,
+    v_scale,
+    v_zero,
     mask,
     y,
     partial,
@@ -80,9 +149,15 @@ def _attend(
     stride_k_batch,
     stride_k_head,
     stride_k,
+    stride_k_scale_batch,
+    stride_k_scale_head,
+    stride_k_scale,
     stride_v_batch,
     stride_v_head,
     stride_v,
+    stride_v_scale_batch,
+    stride_v_scale_head,
+    stride_v_scale,
     stride_mask_batch,
     stride_mask_head,
     stride_mask_query,
@@ -91,15 +166,27 @@ def _attend(
     V_SIZE: tl.constexpr,
     K_BLOCK: tl.constexpr,
     V_BLOCK: tl.constexpr,
+    K_BITS: tl.constexpr,
+    V_BITS: tl.constexpr,
+    K_GROUP: tl.constexpr,
+    V_GROUP: tl.constexpr,
     ROWS: tl.constexpr,
     MASK_ROWS: tl.constexpr,
     KEYS: tl.constexpr,
     EARLY: tl.constexpr,
 ):
-    """Attend to one block of keys in so many. ROWS hold the queries of a group; MASK_ROWS is 1 if they share a mask."""
+    """Attend to one block of keys in so many. ROWS hold the queries of a group; MASK_ROWS is 1 if they share a mask.
+
+    Packed keys and values with one scale each are multiplied as integers: a score is ``scale (q.c - zero sum(q))``, and
+    what is mixed ``sum(p' c) - sum(p' zero)`` of weights ``p' = p scale``, which are rounded once for both sums.
+    """
     pair, split, splits = tl.program_id(0), tl.program_id(1), tl.num_programs(1)
     batch, kv_head = (pair // kv_heads).to(tl.int64), (pair % kv_heads).to(tl.int64)
-    row, column = tl.arange(0, ROWS), tl.arange(0, K_BLOCK)
+    dtype: tl.constexpr = q.dtype.element_ty
+    K_IS_SCALED: tl.constexpr = K_BITS < 16 and K_GROUP == K_SIZE
+    V_IS_SCALED: tl.constexpr = V_BITS < 16 and V_GROUP == V_SIZE
+    row = tl.arange(0, ROWS)
+    column, is_column = _channels(K_SIZE, K_BLOCK, K_BITS)
     is_row = row < group * queries
     k_at = k + batch * stride_k_batch + kv_head * stride_k_head
     v_at = v + batch * stride_v_batch + kv_head * stride_v_head
@@ -107,7 +194,14 @@ def _attend(
     q_at = q + batch * stride_q_batch + head * stride_q_head + row % queries * stride_q
     wait_for_inputs(EARLY)
     let_dependents_start(EARLY)
-    q_rows = tl.load(q_at[:, None] + column[None, :], mask=is_row[:, None] & (column < K_SIZE)[None, :], other=0)
+    q_rows = tl.load(q_at[:, None] + column[None, :], mask=is_row[:, None] & is_column[None, :], other=0)
+    if K_BITS < 16:
+        k_scale += batch * stride_k_scale_batch + kv_head * stride_k_scale_head
+        k_zero += batch * stride_k_scale_batch + kv_head * stride_k_scale_head
+        q_sum = tl.sum(q_rows.to(tl.float32), axis=1)
+    if V_BITS < 16:
+        v_scale += batch * stride_v_scale_batch + kv_head * stride_v_scale_head
+        v_zero += batch * stride_v_scale_batch + kv_head * stride_v_scale_head
     # Of the program's blocks, those that are read.
     first, last = tl.full((), 0, tl.int32), tl.cdiv(tl.cdiv(keys, KEYS) - split, splits)
     if mask is not None:
@@ -127,14 +221,31 @@ def _attend(
             first = tl.minimum(first, tl.min(tl.where(is_attended, block[None, :], first)))
             last = tl.maximum(last, tl.max(tl.where(is_attended, block[None, :] + 1, 0)))
     maximum = tl.full((ROWS,), float("-inf"), tl.float32)
-    total = tl.zeros((ROWS,), tl.float32)
+    totals_of_keys = tl.zeros((ROWS, KEYS), tl.float32)  # added up in the end, which costs less
     mixed = tl.zeros((ROWS, V_BLOCK), tl.float32)
+    origins_of_keys = tl.zeros((ROWS, KEYS), tl.float32)
     for block in range(rounds(first), rounds(last)):
         start = (split + block * splits) * KEYS
         key = start + tl.arange(0, KEYS)
-        k_rows = _load_block(k_at, start, keys, stride_k, KEYS, K_SIZE, K_BLOCK)
-        v_rows = _load_block(v_at, start, keys, stride_v, KEYS, V_SIZE, V_BLOCK)
-        scores = dot(q_rows, tl.trans(k_rows), PRECISION) * scale
+        if K_BITS < 16:
+            k_rows, k_factor, k_origin = _load_codes(
+                k_at, k_scale, k_zero, start, keys, stride_k, stride_k_scale,
+                KEYS, K_SIZE, K_BLOCK, K_BITS, K_GROUP, dtype,
+            )  # fmt: skip
+        else:
+            k_rows = _load_block(k_at, start, keys, stride_k, KEYS, K_SIZE, K_BLOCK)
+        if V_BITS < 16:
+            v_rows, v_factor, v_origin = _load_codes(
+                v_at, v_scale, v_zero, start, keys, stride_v, stride_v_scale,
+                KEYS, V_SIZE, V_BLOCK, V_BITS, V_GROUP, dtype,
+            )  # fmt: skip
+        else:
+            v_rows = _load_block(v_at, start, keys, stride_v, KEYS, V_SIZE, V_BLOCK)
+        scores = dot(q_rows, tl.trans(k_rows), PRECISION)
+        if K_IS_SCALED:
+            scores = (scores - q_sum[:, None] * k_origin[None, :]) * (k_factor * scale)[None, :]
+        else:
+            scores *= scale
         if mask is not None:
             scores += _load_mask(mask_at, stride_mask, key, is_mask_row & (key < keys)[None, :])
         else:
@@ -143,12 +254,25 @@ def _attend(
         # Not exp2 of scores that are scaled by log2(e): with the lowest float32 added, as some masks have it, they
         # would become -inf.
         weights = _exp(scores, larger[:, None])
-        shrinkage = _exp(maximum, larger)
-        total = total * shrinkage + tl.sum(weights, axis=1)
-        mixed = mixed * shrinkage[:, None] + dot(round_to(weights, v_rows.dtype), v_rows, PRECISION)
+        shrinkage = _exp(maximum, larger)[:, None]
+        totals_of_keys = totals_of_keys * shrinkage + weights
+        if V_IS_SCALED:
+            if dtype == tl.float16:  # its range: weights are at most 1 in units of the largest factor
+                unit = tl.max(v_factor, axis=0)
+                unit = tl.where(unit == 0, 1.0, unit)
+            else:
+                unit = 1.0
+            weights = round_to(weights * (v_factor / unit)[None, :], dtype)
+            mixed = mixed * shrinkage + dot(weights, v_rows, PRECISION) * unit
+            origins_of_keys = origins_of_keys * shrinkage + weights.to(tl.float32) * (v_origin * unit)[None, :]
+        else:
+            mixed = mixed * shrinkage + dot(round_to(weights, dtype), v_rows, PRECISION)
         maximum = larger
-    column = tl.arange(0, V_BLOCK)
-    is_result = is_row[:, None] & (column < V_SIZE)[None, :]
+    total = tl.sum(totals_of_keys, axis=1)
+    if V_IS_SCALED:
+        mixed -= tl.sum(origins_of_keys, axis=1)[:, None]
+    column, is_column = _channels(V_SIZE, V_BLOCK, V_BITS)
+    is_result = is_row[:, None] & is_column[None, :]
     at = pair.to(tl.int64) * (group * queries) + row
     if partial is None:
         result = round_to(_quotient(mixed, total[:, None]), y.dtype.element_ty)
@@ -188,20 +312,68 @@ def _combine(
     tl.store(y + row * SIZE + column, round_to(result, y.dtype.element_ty), mask=is_column)
 
 
+@dataclass(frozen=True)
+class Rows:
+    """Keys, or values, of a cache.
+
+    Attributes:
+        numbers: [batch, kv heads, keys, size], or packed codes [batch, kv heads, keys, bytes].
+        size: elements of a key.
+        bits: of a code; 16 where numbers are not packed.
+        scale, zero: of codes, [batch, kv heads, keys, size / group].
+    """
+
+    numbers: Tensor
+    size: int
+    bits: int = 16
+    scale: Tensor | None = None
+    zero: Tensor | None = None
+
+    @property
+    def block(self) -> int:
+        """Columns of a program's block: a power of two that holds a key, and its last byte."""
+        if self.bits == 16:
+            return power_of_two_from(self.size)
+        codes_of_byte = 8 // self.bits
+        return max(codes_of_byte * power_of_two_from(self.numbers.shape[-1], smallest=1), SMALLEST_BLOCK)
+
+    @property
+    def group(self) -> int:
+        """Elements that share a scale."""
+        return self.size if self.scale is None else self.size // self.scale.shape[-1]
+
+    def in_place(self) -> Rows:
+        """Return the same rows, copied if a kernel could not read them: strides of 1, the same of scale and zero."""
+        numbers, scale, zero = self.numbers, self.scale, self.zero
+        if numbers.stride(-1) != 1:
+            numbers = numbers.contiguous()
+        if scale is not None and zero is not None and (scale.stride(-1) != 1 or scale.stride() != zero.stride()):
+            scale, zero = scale.contiguous(), zero.contiguous()
+        return Rows(numbers, self.size, self.bits, scale, zero)
+
+
 def attend(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, launch: Mapping[str, Any] | None = None
 ) -> Tensor:
     """Return what the op declares; ``launch`` replaces the launch parameters that the tables give."""
-    (batch, heads, queries, size), (kv_heads, keys) = q.shape, k.shape[1:3]
-    y = q.new_empty((batch, heads, queries, v.shape[-1]))
+    return attend_rows(q, Rows(k, k.shape[-1]), Rows(v, v.shape[-1]), mask, scale, launch)
+
+
+def attend_rows(
+    q: Tensor, k: Rows, v: Rows, mask: Tensor | None, scale: float, launch: Mapping[str, Any] | None = None
+) -> Tensor:
+    """Return the attention of q [batch, heads, queries, size] to keys and values, packed or not."""
+    (batch, heads, queries, _), (kv_heads, keys) = q.shape, k.numbers.shape[1:3]
+    y = q.new_empty((batch, heads, queries, v.size))
     if y.numel() == 0:
         return y
-    q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
-    blocks = {"K_BLOCK": power_of_two_from(size), "V_BLOCK": power_of_two_from(v.shape[-1])}
+    q, k, v = q if q.stride(-1) == 1 else q.contiguous(), k.in_place(), v.in_place()
+    blocks = {"K_BLOCK": k.block, "V_BLOCK": v.block}
     device, group, pairs = describe(q.device), heads // kv_heads, batch * kv_heads
     rows = power_of_two_from(group * queries)
     if launch is None:
-        launch = tiles.nearest("attend", q.device, queries=rows, row_bytes=max(blocks.values()) * k.itemsize)
+        kernel, row_bytes = ("attend", q.itemsize) if k.bits == 16 else ("attend_packed", q.itemsize)
+        launch = tiles.nearest(kernel, q.device, queries=rows, row_bytes=max(blocks.values()) * row_bytes)
     launch = dict(launch)
     keys_at_once = launch.pop("KEYS")
     programs = launch.pop("PROGRAMS") * device.multiprocessors
@@ -215,20 +387,22 @@ def attend(
     partial = maxima = totals = None
     if splits > 1:
         maxima, totals = q.new_empty((2, pairs * group * queries, splits), dtype=torch.float32)
-        partial = maxima.new_empty((*maxima.shape, v.shape[-1]))
+        partial = maxima.new_empty((*maxima.shape, v.size))
     early = {"EARLY": device.starts_early, "launch_pdl": device.starts_early}
+    strides = [
+        [0, 0, 0] if tensor is None else tensor.stride()[:3] for tensor in (k.numbers, k.scale, v.numbers, v.scale)
+    ]
     _attend[(pairs, splits)](
-        q, k, v, mask, y, partial, maxima, totals, scale, kv_heads, group, queries, keys,
-        *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *mask_strides,
-        K_SIZE=size, V_SIZE=v.shape[-1], **blocks, ROWS=rows, MASK_ROWS=mask_rows, KEYS=keys_at_once, **early, **launch,
+        q, k.numbers, k.scale, k.zero, v.numbers, v.scale, v.zero, mask, y, partial, maxima, totals,
+        scale, kv_heads, group, queries, keys, *q.stride()[:3], *chain.from_iterable(strides), *mask_strides,
+        K_SIZE=k.size, V_SIZE=v.size, **blocks, K_BITS=k.bits, V_BITS=v.bits, K_GROUP=k.group, V_GROUP=v.group,
+        ROWS=rows, MASK_ROWS=mask_rows, KEYS=keys_at_once, **early, **launch,
     )  # fmt: skip
     if splits > 1:
         combined = power_of_two_from(splits, smallest=1)
-        columns = min(blocks["V_BLOCK"], COMBINED // combined)
-        grid = (pairs * group * queries, triton.cdiv(v.shape[-1], columns))
-        _combine[grid](
-            partial, maxima, totals, y, splits, SIZE=v.shape[-1], SPLITS=combined, COLUMNS=columns, **early
-        )  # fmt: skip
+        columns = min(power_of_two_from(v.size), COMBINED // combined)
+        grid = (pairs * group * queries, triton.cdiv(v.size, columns))
+        _combine[grid](partial, maxima, totals, y, splits, SIZE=v.size, SPLITS=combined, COLUMNS=columns, **early)
     return y
 
 

@@ -82,6 +82,101 @@ def high_nibbles(packed):
     return result
 
 
+def _planes_as_floats(bits: int, upper_byte: int) -> str:
+    """Return PTX that makes 16-bit floats of the codes in four bytes: of each byte's lowest code, then of its next ones.
+
+    Put below an upper byte, a code is the last bits of a float: one integer instruction takes two codes there.
+    """
+    planes = 8 // bits
+    codes, mask = f"${2 * planes}", (2**bits - 1) * 0x01010101
+    lines = []
+    for plane in range(planes):
+        source = codes
+        if plane:
+            lines.append(f"shr.u32 t, {codes}, {bits * plane};")
+            source = "t"
+        if bits < 8:
+            lines.append(f"and.b32 t, {source}, {mask:#x};")
+            source = "t"
+        for half, selected in enumerate((0x4140, 0x4342)):
+            lines.append(f"prmt.b32 ${2 * plane + half}, {source}, {upper_byte * 0x01010101:#x}, {selected:#x};")
+    return f"{{ .reg .b32 t; {' '.join(lines)} }}"
+
+
+BFLOAT16_OFFSET = tl.constexpr(128)  # 0x4300: the last of its bits is 1
+FLOAT16_OFFSET = tl.constexpr(1024)  # 0x6400, likewise
+NIBBLES_AS_BFLOAT16 = tl.constexpr(_planes_as_floats(4, 0x43))
+NIBBLES_AS_FLOAT16 = tl.constexpr(_planes_as_floats(4, 0x64))
+PAIRS_AS_BFLOAT16 = tl.constexpr(_planes_as_floats(2, 0x43))  # of bits
+PAIRS_AS_FLOAT16 = tl.constexpr(_planes_as_floats(2, 0x64))
+TWO_PLANES = tl.constexpr(",".join(["=&r"] * 4 + ["r"]))  # registers of the results, and of four bytes
+FOUR_PLANES = tl.constexpr(",".join(["=&r"] * 8 + ["r"]))
+
+
+@triton.jit
+def code_offset(BITS: tl.constexpr, dtype: tl.constexpr):
+    """Return what ``codes_as_floats`` adds to codes."""
+    if BITS == 8 or dtype == tl.float32:
+        offset: tl.constexpr = 0
+    elif dtype == tl.bfloat16:
+        offset: tl.constexpr = BFLOAT16_OFFSET
+    else:
+        offset: tl.constexpr = FLOAT16_OFFSET
+    return offset
+
+
+@triton.jit
+def codes_as_floats(packed, BITS: tl.constexpr, dtype: tl.constexpr):
+    """Return the codes of 2, 4 or 8 bits in bytes [rows, bytes], plus ``code_offset``, as floats, which hold them exactly.
+
+    The result is [rows, 8 / BITS * bytes]: first the lowest code of each byte, then the next one of each.
+    """
+    if BITS == 8:
+        floats = packed.to(tl.float32).to(dtype)
+    elif INTERPRETED or dtype == tl.float32:
+        offset: tl.constexpr = code_offset(BITS, dtype)
+        if BITS == 4:
+            floats = _side_by_side(packed & 15, packed >> 4)
+        else:
+            floats = _four_side_by_side(packed & 3, (packed >> 2) & 3, (packed >> 4) & 3, packed >> 6)
+        floats = round_to(floats.to(tl.float32) + offset, dtype)
+    elif BITS == 4:
+        if dtype == tl.bfloat16:
+            low, high = tl.inline_asm_elementwise(
+                NIBBLES_AS_BFLOAT16, TWO_PLANES, [packed], dtype=(tl.bfloat16, tl.bfloat16), is_pure=True, pack=4
+            )
+        else:
+            low, high = tl.inline_asm_elementwise(
+                NIBBLES_AS_FLOAT16, TWO_PLANES, [packed], dtype=(tl.float16, tl.float16), is_pure=True, pack=4
+            )
+        floats = _side_by_side(low, high)
+    else:
+        if dtype == tl.bfloat16:
+            types: tl.constexpr = (tl.bfloat16, tl.bfloat16, tl.bfloat16, tl.bfloat16)
+            a, b, c, d = tl.inline_asm_elementwise(
+                PAIRS_AS_BFLOAT16, FOUR_PLANES, [packed], dtype=types, is_pure=True, pack=4
+            )
+        else:
+            types: tl.constexpr = (tl.float16, tl.float16, tl.float16, tl.float16)
+            a, b, c, d = tl.inline_asm_elementwise(
+                PAIRS_AS_FLOAT16, FOUR_PLANES, [packed], dtype=types, is_pure=True, pack=4
+            )
+        floats = _four_side_by_side(a, b, c, d)
+    return floats
+
+
+@triton.jit
+def _side_by_side(a, b):
+    """Return [rows, 2 n] of two tensors [rows, n]; each element stays in its thread."""
+    return tl.reshape(tl.permute(tl.join(a, b), (0, 2, 1)), (a.shape[0], 2 * a.shape[1]))
+
+
+@triton.jit
+def _four_side_by_side(a, b, c, d):
+    joined = tl.permute(tl.join(tl.join(a, b), tl.join(c, d)), (0, 3, 2, 1))
+    return tl.reshape(joined, (a.shape[0], 4 * a.shape[1]))
+
+
 @triton.jit
 def _signed_byte(word, SHIFT: tl.constexpr):
     return (((word >> SHIFT) & 0xFF) ^ 0x80) - 0x80

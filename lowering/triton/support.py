@@ -18,6 +18,8 @@ LARGEST_ROW = 65536  # elements that one program holds in registers
 FLOATS = (torch.bfloat16, torch.float16, torch.float32)
 LARGEST_HEAD = 256
 MOST_GROUP_QUERIES = 64  # of the heads that share keys and values: the rows of a program's tile
+PACKED_BITS = (2, 4, 8)  # of codes that never straddle two bytes
+SMALLEST_GROUP = 4  # codes: a byte holds no more
 LARGEST_INT_SUM = 2**31 // (16 * 8 * 128)  # codes whose products, with the unpacked weight's factor 16, fit int32
 
 
@@ -122,11 +124,50 @@ def _reason_against_head(size: int) -> str | None:
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> str | None:
-    if reason := _reason_against_device(q.device) or _reason_against_head(max(q.shape[-1], v.shape[-1])):
+    if reason := _reason_against_attention(q, k, v.shape[-1], mask):
         return reason
-    dtypes = [tensor.dtype for tensor in (q, k, v)]
-    if q.dtype not in FLOATS or len(set(dtypes)) > 1:
-        return f"queries, keys and values are {', '.join(map(str, dtypes))}"
+    if k.dtype != q.dtype or v.dtype != q.dtype:
+        return f"queries, keys and values are {q.dtype}, {k.dtype}, {v.dtype}"
+    return None
+
+
+def _attend_packed(
+    q: Tensor,
+    k_codes: Tensor,
+    k_scale: Tensor,
+    k_zero: Tensor,
+    v_codes: Tensor,
+    v_scale: Tensor,
+    v_zero: Tensor,
+    mask: Tensor | None,
+    scale: float,
+    k_bits: int,
+    v_bits: int,
+    v_size: int,
+) -> str | None:
+    return (
+        _reason_against_attention(q, k_codes, v_size, mask)
+        or _reason_against_codes(k_bits, q.shape[-1], k_scale)
+        or _reason_against_codes(v_bits, v_size, v_scale)
+    )
+
+
+def _reason_against_codes(bits: int, size: int, scale: Tensor) -> str | None:
+    if bits not in PACKED_BITS:
+        return f"codes of {bits} bits have no kernel; 2, 4 and 8 have"
+    if scale.dtype != torch.float32:
+        return f"scales are {scale.dtype}"
+    group = size // scale.shape[-1]
+    if group != size and (group & (group - 1) or group < SMALLEST_GROUP):
+        return f"groups of {group}: the kernels take whole heads and powers of two from {SMALLEST_GROUP} on"
+    return None
+
+
+def _reason_against_attention(q: Tensor, k: Tensor, v_size: int, mask: Tensor | None) -> str | None:
+    if reason := _reason_against_device(q.device) or _reason_against_head(max(q.shape[-1], v_size)):
+        return reason
+    if q.dtype not in FLOATS:
+        return f"queries are {q.dtype}"
     if mask is not None and mask.dtype not in (*FLOATS, torch.bool):
         return f"the mask is {mask.dtype}"
     group = q.shape[1] // k.shape[1]
@@ -137,6 +178,7 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) 
 
 REASONS: dict[str, Callable[..., str | None]] = {
     "attend": _attend,
+    "attend_packed": _attend_packed,
     "int_linear": _int_linear,
     "norm_quantize": _norm_quantize,
     "pack_weight": _pack_weight,
