@@ -20,6 +20,7 @@ from torch import Tensor
 from quarot_fx.lowering.triton import tiles
 from quarot_fx.lowering.triton.device import describe
 from quarot_fx.lowering.triton.language import (
+    code_at,
     code_offset,
     codes_as_floats,
     dot,
@@ -28,7 +29,7 @@ from quarot_fx.lowering.triton.language import (
     rounds,
     wait_for_inputs,
 )
-from quarot_fx.lowering.triton.rotation_matrices import SMALLEST_BLOCK, power_of_two_from
+from quarot_fx.lowering.triton.rotation_matrices import power_of_two_from
 
 MOST_SPLITS = 128
 COMBINED = 4096  # numbers that a program combines: 32 a thread
@@ -37,12 +38,11 @@ PRECISION = tl.constexpr("ieee")
 
 
 @triton.jit
-def _channels(SIZE: tl.constexpr, BLOCK: tl.constexpr, BITS: tl.constexpr):
-    """Return which elements of a key or value the columns of a block are: of packed bytes, first each one's lowest."""
+def _elements(SIZE: tl.constexpr, BLOCK: tl.constexpr, BITS: tl.constexpr):
+    """Return which elements of a key or value the columns of a block are, and whether there are such elements."""
     column = tl.arange(0, BLOCK)
-    if BITS < 8:
-        BYTES: tl.constexpr = BLOCK * BITS // 8
-        column = column % BYTES * (8 // BITS) + column // BYTES
+    if BITS < 16:
+        column = code_at(column, BITS)
     return column, column < SIZE
 
 
@@ -76,10 +76,11 @@ def _load_codes(
 
     Where a key has several groups, floats are multiplied out here.
     """
-    BYTES: tl.constexpr = BLOCK * BITS // 8
+    CODES: tl.constexpr = 32 // BITS  # of a word
     GROUPS: tl.constexpr = SIZE // GROUP
-    packed = _load_block(codes, start, end, stride, KEYS, (SIZE * BITS + 7) // 8, BYTES)
-    floats = codes_as_floats(packed, BITS, dtype)
+    words_at = codes.to(tl.pointer_type(tl.int32))
+    words = _load_block(words_at, start, end, stride // 4, KEYS, SIZE // CODES, BLOCK // CODES)
+    floats = codes_as_floats(words, BITS, dtype)
     offset: tl.constexpr = code_offset(BITS, dtype)
     key = tl.arange(0, KEYS)
     at = start.to(tl.int64) * stride_scale + key * stride_scale
@@ -94,8 +95,8 @@ def _load_codes(
         is_group = is_key[:, None] & (group < GROUPS)[None, :]
         origins = tl.load(zero + at, mask=is_group, other=0).to(tl.float32) + offset
         factors = tl.load(scale + at, mask=is_group, other=0)
-        grouped = tl.reshape(floats.to(tl.float32), (KEYS, 8 // BITS, GROUP_BLOCKS, GROUP * BITS // 8))
-        grouped = (grouped - origins[:, None, :, None]) * factors[:, None, :, None]
+        grouped = tl.reshape(floats.to(tl.float32), (KEYS, GROUP_BLOCKS, GROUP))
+        grouped = (grouped - origins[:, :, None]) * factors[:, :, None]
         floats = round_to(tl.reshape(grouped, (KEYS, BLOCK)), dtype)
         factor, origin = None, None
     return floats, factor, origin
@@ -186,7 +187,7 @@ def _attend(
     K_IS_SCALED: tl.constexpr = K_BITS < 16 and K_GROUP == K_SIZE
     V_IS_SCALED: tl.constexpr = V_BITS < 16 and V_GROUP == V_SIZE
     row = tl.arange(0, ROWS)
-    column, is_column = _channels(K_SIZE, K_BLOCK, K_BITS)
+    column, is_column = _elements(K_SIZE, K_BLOCK, K_BITS)
     is_row = row < group * queries
     k_at = k + batch * stride_k_batch + kv_head * stride_k_head
     v_at = v + batch * stride_v_batch + kv_head * stride_v_head
@@ -271,7 +272,7 @@ def _attend(
     total = tl.sum(totals_of_keys, axis=1)
     if V_IS_SCALED:
         mixed -= tl.sum(origins_of_keys, axis=1)[:, None]
-    column, is_column = _channels(V_SIZE, V_BLOCK, V_BITS)
+    column, is_column = _elements(V_SIZE, V_BLOCK, V_BITS)
     is_result = is_row[:, None] & is_column[None, :]
     at = pair.to(tl.int64) * (group * queries) + row
     if partial is None:
@@ -331,11 +332,8 @@ class Rows:
 
     @property
     def block(self) -> int:
-        """Columns of a program's block: a power of two that holds a key, and its last byte."""
-        if self.bits == 16:
-            return power_of_two_from(self.size)
-        codes_of_byte = 8 // self.bits
-        return max(codes_of_byte * power_of_two_from(self.numbers.shape[-1], smallest=1), SMALLEST_BLOCK)
+        """Columns of a program's block."""
+        return power_of_two_from(self.size)
 
     @property
     def group(self) -> int:
@@ -343,9 +341,12 @@ class Rows:
         return self.size if self.scale is None else self.size // self.scale.shape[-1]
 
     def in_place(self) -> Rows:
-        """Return the same rows, copied if a kernel could not read them: strides of 1, the same of scale and zero."""
+        """Return the same rows, copied if a kernel could not read them: whole words, with the same strides of scale and
+        zero.
+        """
         numbers, scale, zero = self.numbers, self.scale, self.zero
-        if numbers.stride(-1) != 1:
+        is_aligned = self.bits == 16 or not any(n % 4 for n in (*numbers.stride()[:-1], numbers.storage_offset()))
+        if numbers.stride(-1) != 1 or not is_aligned:
             numbers = numbers.contiguous()
         if scale is not None and zero is not None and (scale.stride(-1) != 1 or scale.stride() != zero.stride()):
             scale, zero = scale.contiguous(), zero.contiguous()

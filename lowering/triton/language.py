@@ -82,99 +82,123 @@ def high_nibbles(packed):
     return result
 
 
-def _planes_as_floats(bits: int, upper_byte: int) -> str:
-    """Return PTX that makes 16-bit floats of the codes in four bytes: of each byte's lowest code, then of its next ones.
+def _words_to_floats(bits: int, upper: int) -> str:
+    """Return PTX that makes 16-bit floats of the codes in a word: the last bits of what has these upper bits, 16 too.
 
-    Put below an upper byte, a code is the last bits of a float: one integer instruction takes two codes there.
+    One masks two codes, half a word apart, and sets the upper bits of both: two codes take one shift and one ``lop3``.
     """
-    planes = 8 // bits
-    codes, mask = f"${2 * planes}", (2**bits - 1) * 0x01010101
+    count = 32 // bits
+    mask, word = (2**bits - 1) * 0x00010001, f"${count}"
     lines = []
-    for plane in range(planes):
-        source = codes
-        if plane:
-            lines.append(f"shr.u32 t, {codes}, {bits * plane};")
-            source = "t"
-        if bits < 8:
-            lines.append(f"and.b32 t, {source}, {mask:#x};")
-            source = "t"
-        for half, selected in enumerate((0x4140, 0x4342)):
-            lines.append(f"prmt.b32 ${2 * plane + half}, {source}, {upper_byte * 0x01010101:#x}, {selected:#x};")
+    for pair in range(count // 2):
+        lines.append(f"shr.u32 t, {word}, {bits * pair};")
+        lines.append(f"lop3.b32 t, t, {mask:#x}, {upper * 0x00010001:#x}, 0xEA;")
+        lines.append(f"mov.b32 {{${2 * pair}, ${2 * pair + 1}}}, t;")
     return f"{{ .reg .b32 t; {' '.join(lines)} }}"
 
 
-BFLOAT16_OFFSET = tl.constexpr(128)  # 0x4300: the last of its bits is 1
+def _bytes_to_bfloat16() -> str:
+    """Return PTX for codes of 8 bits, which fill a bfloat16: they are made the last bits of 2^23 in float32 first."""
+    lines = []
+    for pair in range(2):
+        for name, byte in (("a", pair), ("b", pair + 2)):
+            lines.append(f"prmt.b32 t, $4, 0x4B000000, {0x7540 | byte:#x}; mov.b32 {name}, t;")
+            lines.append(f"sub.f32 {name}, {name}, 0f4B000000;")
+        lines.append(f"cvt.rn.bf16x2.f32 t, b, a; mov.b32 {{${2 * pair}, ${2 * pair + 1}}}, t;")
+    return f"{{ .reg .b32 t; .reg .f32 a, b; {' '.join(lines)} }}"
+
+
+def _registers(count: int) -> str:
+    return ",".join(["=h"] * count + ["r"])
+
+
+BFLOAT16_OFFSET = tl.constexpr(128)  # 0x4300, whose last bit stands for 1
 FLOAT16_OFFSET = tl.constexpr(1024)  # 0x6400, likewise
-NIBBLES_AS_BFLOAT16 = tl.constexpr(_planes_as_floats(4, 0x43))
-NIBBLES_AS_FLOAT16 = tl.constexpr(_planes_as_floats(4, 0x64))
-PAIRS_AS_BFLOAT16 = tl.constexpr(_planes_as_floats(2, 0x43))  # of bits
-PAIRS_AS_FLOAT16 = tl.constexpr(_planes_as_floats(2, 0x64))
-TWO_PLANES = tl.constexpr(",".join(["=&r"] * 4 + ["r"]))  # registers of the results, and of four bytes
-FOUR_PLANES = tl.constexpr(",".join(["=&r"] * 8 + ["r"]))
+CODES_2_AS_BFLOAT16 = tl.constexpr(_words_to_floats(2, 0x4300))
+CODES_2_AS_FLOAT16 = tl.constexpr(_words_to_floats(2, 0x6400))
+CODES_4_AS_BFLOAT16 = tl.constexpr(_words_to_floats(4, 0x4300))
+CODES_4_AS_FLOAT16 = tl.constexpr(_words_to_floats(4, 0x6400))
+CODES_8_AS_BFLOAT16 = tl.constexpr(_bytes_to_bfloat16())
+CODES_8_AS_FLOAT16 = tl.constexpr(_words_to_floats(8, 0x6400))
+REGISTERS_2, REGISTERS_4, REGISTERS_8 = (tl.constexpr(_registers(count)) for count in (16, 8, 4))
+BFLOAT16S_2, BFLOAT16S_4, BFLOAT16S_8 = (tl.constexpr((tl.bfloat16,) * count) for count in (16, 8, 4))
+FLOAT16S_2, FLOAT16S_4, FLOAT16S_8 = (tl.constexpr((tl.float16,) * count) for count in (16, 8, 4))
 
 
 @triton.jit
 def code_offset(BITS: tl.constexpr, dtype: tl.constexpr):
     """Return what ``codes_as_floats`` adds to codes."""
-    if BITS == 8 or dtype == tl.float32:
-        offset: tl.constexpr = 0
-    elif dtype == tl.bfloat16:
+    if dtype == tl.float16:
+        offset: tl.constexpr = FLOAT16_OFFSET
+    elif dtype == tl.bfloat16 and BITS < 8:
         offset: tl.constexpr = BFLOAT16_OFFSET
     else:
-        offset: tl.constexpr = FLOAT16_OFFSET
+        offset: tl.constexpr = 0
     return offset
 
 
 @triton.jit
-def codes_as_floats(packed, BITS: tl.constexpr, dtype: tl.constexpr):
-    """Return the codes of 2, 4 or 8 bits in bytes [rows, bytes], plus ``code_offset``, as floats, which hold them exactly.
+def code_at(place, BITS: tl.constexpr):
+    """Return which code of a packed row is at a place of what ``codes_as_floats`` returns."""
+    COUNT: tl.constexpr = 32 // BITS
+    return place // COUNT * COUNT + place % COUNT // 2 + place % 2 * (COUNT // 2)
 
-    The result is [rows, 8 / BITS * bytes]: first the lowest code of each byte, then the next one of each.
+
+@triton.jit
+def codes_as_floats(words, BITS: tl.constexpr, dtype: tl.constexpr):
+    """Return the codes of 2, 4 or 8 bits in int32 words [rows, words], plus ``code_offset``, as floats that are exact.
+
+    The result is [rows, 32 / BITS * words]; ``code_at`` says which code is where.
     """
+    is_bfloat16: tl.constexpr = dtype == tl.bfloat16
+    IS_PLAIN: tl.constexpr = INTERPRETED or dtype == tl.float32
     if BITS == 8:
-        floats = packed.to(tl.float32).to(dtype)
-    elif INTERPRETED or dtype == tl.float32:
-        offset: tl.constexpr = code_offset(BITS, dtype)
-        if BITS == 4:
-            floats = _side_by_side(packed & 15, packed >> 4)
+        if IS_PLAIN:
+            a, b, c, d = words, words >> 16, words >> 8, words >> 24
         else:
-            floats = _four_side_by_side(packed & 3, (packed >> 2) & 3, (packed >> 4) & 3, packed >> 6)
-        floats = round_to(floats.to(tl.float32) + offset, dtype)
+            asm8: tl.constexpr = CODES_8_AS_BFLOAT16 if is_bfloat16 else CODES_8_AS_FLOAT16
+            types8: tl.constexpr = BFLOAT16S_8 if is_bfloat16 else FLOAT16S_8
+            a, b, c, d = tl.inline_asm_elementwise(asm8, REGISTERS_8, [words], dtype=types8, is_pure=True, pack=1)
+        codes = _joined4(a, b, c, d)
     elif BITS == 4:
-        if dtype == tl.bfloat16:
-            low, high = tl.inline_asm_elementwise(
-                NIBBLES_AS_BFLOAT16, TWO_PLANES, [packed], dtype=(tl.bfloat16, tl.bfloat16), is_pure=True, pack=4
-            )
+        if IS_PLAIN:
+            a, b, c, d = words, words >> 16, words >> 4, words >> 20
+            e, f, g, h = words >> 8, words >> 24, words >> 12, words >> 28
         else:
-            low, high = tl.inline_asm_elementwise(
-                NIBBLES_AS_FLOAT16, TWO_PLANES, [packed], dtype=(tl.float16, tl.float16), is_pure=True, pack=4
+            asm4: tl.constexpr = CODES_4_AS_BFLOAT16 if is_bfloat16 else CODES_4_AS_FLOAT16
+            types4: tl.constexpr = BFLOAT16S_4 if is_bfloat16 else FLOAT16S_4
+            a, b, c, d, e, f, g, h = tl.inline_asm_elementwise(
+                asm4, REGISTERS_4, [words], dtype=types4, is_pure=True, pack=1
             )
-        floats = _side_by_side(low, high)
+        codes = _joined8(a, b, c, d, e, f, g, h)
     else:
-        if dtype == tl.bfloat16:
-            types: tl.constexpr = (tl.bfloat16, tl.bfloat16, tl.bfloat16, tl.bfloat16)
-            a, b, c, d = tl.inline_asm_elementwise(
-                PAIRS_AS_BFLOAT16, FOUR_PLANES, [packed], dtype=types, is_pure=True, pack=4
-            )
+        if IS_PLAIN:
+            a, b, c, d = words, words >> 16, words >> 2, words >> 18
+            e, f, g, h = words >> 4, words >> 20, words >> 6, words >> 22
+            i, j, k, l = words >> 8, words >> 24, words >> 10, words >> 26
+            m, n, o, p = words >> 12, words >> 28, words >> 14, words >> 30
         else:
-            types: tl.constexpr = (tl.float16, tl.float16, tl.float16, tl.float16)
-            a, b, c, d = tl.inline_asm_elementwise(
-                PAIRS_AS_FLOAT16, FOUR_PLANES, [packed], dtype=types, is_pure=True, pack=4
+            asm2: tl.constexpr = CODES_2_AS_BFLOAT16 if is_bfloat16 else CODES_2_AS_FLOAT16
+            types2: tl.constexpr = BFLOAT16S_2 if is_bfloat16 else FLOAT16S_2
+            a, b, c, d, e, f, g, h, i, j, k, l, m, n, o, p = tl.inline_asm_elementwise(
+                asm2, REGISTERS_2, [words], dtype=types2, is_pure=True, pack=1
             )
-        floats = _four_side_by_side(a, b, c, d)
-    return floats
+        codes = tl.join(_joined8(a, c, e, g, i, k, m, o), _joined8(b, d, f, h, j, l, n, p))
+    codes = tl.reshape(codes, (words.shape[0], 32 // BITS * words.shape[1]))
+    if IS_PLAIN:
+        offset: tl.constexpr = code_offset(BITS, dtype)
+        codes = round_to((codes & (2**BITS - 1)).to(tl.float32) + offset, dtype)
+    return codes
 
 
 @triton.jit
-def _side_by_side(a, b):
-    """Return [rows, 2 n] of two tensors [rows, n]; each element stays in its thread."""
-    return tl.reshape(tl.permute(tl.join(a, b), (0, 2, 1)), (a.shape[0], 2 * a.shape[1]))
+def _joined4(a, b, c, d):
+    return tl.join(tl.join(a, c), tl.join(b, d))
 
 
 @triton.jit
-def _four_side_by_side(a, b, c, d):
-    joined = tl.permute(tl.join(tl.join(a, b), tl.join(c, d)), (0, 3, 2, 1))
-    return tl.reshape(joined, (a.shape[0], 4 * a.shape[1]))
+def _joined8(a, b, c, d, e, f, g, h):
+    return tl.join(_joined4(a, c, e, g), _joined4(b, d, f, h))
 
 
 @triton.jit

@@ -19,7 +19,7 @@ FLOATS = (torch.bfloat16, torch.float16, torch.float32)
 LARGEST_HEAD = 256
 MOST_GROUP_QUERIES = 64  # of the heads that share keys and values: the rows of a program's tile
 PACKED_BITS = (2, 4, 8)  # of codes that never straddle two bytes
-SMALLEST_GROUP = 4  # codes: a byte holds no more
+WORD = 32  # bits, that a kernel reads at least
 LARGEST_INT_SUM = 2**31 // (16 * 8 * 128)  # codes whose products, with the unpacked weight's factor 16, fit int32
 
 
@@ -157,9 +157,11 @@ def _reason_against_codes(bits: int, size: int, scale: Tensor) -> str | None:
         return f"codes of {bits} bits have no kernel; 2, 4 and 8 have"
     if scale.dtype != torch.float32:
         return f"scales are {scale.dtype}"
+    if size % (WORD // bits):
+        return f"{size} codes of {bits} bits are no whole words"
     group = size // scale.shape[-1]
-    if group != size and (group & (group - 1) or group < SMALLEST_GROUP):
-        return f"groups of {group}: the kernels take whole heads and powers of two from {SMALLEST_GROUP} on"
+    if group != size and (group & (group - 1) or group < WORD // bits):
+        return f"groups of {group}: the kernel takes whole heads, and powers of two that are whole words"
     return None
 
 

@@ -77,6 +77,7 @@ def _inputs(generator: torch.Generator) -> Iterator[tuple[Any, ...]]:
         yield case(2, 4, 2, 3, 270, 32, mask=mask)
     yield case(1, 2, 1, 1, 20, 48, (3, 4))
     yield case(1, 2, 1, 1, 20, 30, (4, 2), v_size=22)  # of the last byte only a part
+    yield case(1, 2, 1, 2, 40, 16, (8, 2), 16)
     yield case(1, 2, 1, 1, 70, 48, (8, 4), v_size=24)
     yield case(1, 2, 1, 1, 0, 32)
     yield case(0, 2, 1, 1, 5, 32)
