@@ -7,6 +7,7 @@ last one in which a mask leaves anything are not read: of a cache that is not fu
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import chain
@@ -29,12 +30,13 @@ from quarot_fx.lowering.triton.language import (
     rounds,
     wait_for_inputs,
 )
-from quarot_fx.lowering.triton.rotation_matrices import power_of_two_from
+from quarot_fx.lowering.triton.rotation_matrices import SMALLEST_BLOCK, power_of_two_from
 
 MOST_SPLITS = 128
 COMBINED = 4096  # numbers that a program combines: 32 a thread
 SCANNED = tl.constexpr(4096)  # numbers of a mask that a program looks at together
 PRECISION = tl.constexpr("ieee")
+LOG2_E = tl.constexpr(math.log2(math.e))
 
 
 @triton.jit
@@ -72,9 +74,9 @@ def _load_codes(
     GROUP: tl.constexpr,
     dtype: tl.constexpr,
 ):
-    """Load packed keys or values [KEYS, BLOCK] as floats, with a factor and what is to be subtracted before, [KEYS].
+    """Load packed keys or values [KEYS, BLOCK] as floats, and what to subtract and to multiply with then, [KEYS] each.
 
-    Where a key has several groups, floats are multiplied out here.
+    That is done here, and 0 and 1 are returned, where each has several groups.
     """
     CODES: tl.constexpr = 32 // BITS  # of a word
     GROUPS: tl.constexpr = SIZE // GROUP
@@ -98,14 +100,14 @@ def _load_codes(
         grouped = tl.reshape(floats.to(tl.float32), (KEYS, GROUP_BLOCKS, GROUP))
         grouped = (grouped - origins[:, :, None]) * factors[:, :, None]
         floats = round_to(tl.reshape(grouped, (KEYS, BLOCK)), dtype)
-        factor, origin = None, None
-    return floats, factor, origin
+        origin, factor = 0.0, 1.0
+    return floats, origin, factor
 
 
 @triton.jit
 def _load_mask(mask_at, stride, keys, is_mask):
-    """Load a mask [rows, keys] and return what is added to scores, -inf for keys that are not attended to."""
-    at = mask_at[:, None] + keys[None, :] * stride
+    """Load a mask [keys, rows] and return what is added to scores, -inf for keys that are not attended to."""
+    at = mask_at[None, :] + keys[:, None] * stride
     if mask_at.dtype.element_ty == tl.int1:
         added = tl.where(tl.load(at, mask=is_mask, other=0) != 0, 0.0, float("-inf"))
     else:
@@ -116,7 +118,7 @@ def _load_mask(mask_at, stride, keys, is_mask):
 @triton.jit
 def _exp(x, maximum):
     """Return e^(x - maximum), and zeros where the maximum is that of nothing, -inf."""
-    return tl.exp(x - tl.where(maximum == float("-inf"), 0.0, maximum))
+    return tl.exp2((x - tl.where(maximum == float("-inf"), 0.0, maximum)) * LOG2_E)
 
 
 @triton.jit
@@ -195,11 +197,11 @@ def _attend(
     q_at = q + batch * stride_q_batch + head * stride_q_head + row % queries * stride_q
     wait_for_inputs(EARLY)
     let_dependents_start(EARLY)
-    q_rows = tl.load(q_at[:, None] + column[None, :], mask=is_row[:, None] & is_column[None, :], other=0)
+    q_rows = tl.load(q_at[None, :] + column[:, None], mask=is_column[:, None] & is_row[None, :], other=0)
     if K_BITS < 16:
         k_scale += batch * stride_k_scale_batch + kv_head * stride_k_scale_head
         k_zero += batch * stride_k_scale_batch + kv_head * stride_k_scale_head
-        q_sum = tl.sum(q_rows.to(tl.float32), axis=1)
+        q_sum = tl.sum(q_rows.to(tl.float32), axis=0)
     if V_BITS < 16:
         v_scale += batch * stride_v_scale_batch + kv_head * stride_v_scale_head
         v_zero += batch * stride_v_scale_batch + kv_head * stride_v_scale_head
@@ -207,7 +209,7 @@ def _attend(
     first, last = tl.full((), 0, tl.int32), tl.cdiv(tl.cdiv(keys, KEYS) - split, splits)
     if mask is not None:
         mask_row = tl.arange(0, MASK_ROWS)
-        is_mask_row = (mask_row < group * queries)[:, None]
+        is_mask_row = (mask_row < group * queries)[None, :]
         mask_head = kv_head * group + mask_row // queries
         mask_at = mask + batch * stride_mask_batch + mask_head * stride_mask_head
         mask_at += mask_row % queries * stride_mask_query
@@ -217,45 +219,45 @@ def _attend(
             place = tl.arange(0, SCANNED_BLOCKS * KEYS)
             block = scanned * SCANNED_BLOCKS + place // KEYS
             key = (split + block * splits) * KEYS + place % KEYS
-            added = _load_mask(mask_at, stride_mask, key, is_mask_row & (key < keys)[None, :])
+            added = _load_mask(mask_at, stride_mask, key, (key < keys)[:, None] & is_mask_row)
             is_attended = added != float("-inf")
-            first = tl.minimum(first, tl.min(tl.where(is_attended, block[None, :], first)))
-            last = tl.maximum(last, tl.max(tl.where(is_attended, block[None, :] + 1, 0)))
+            first = tl.minimum(first, tl.min(tl.where(is_attended, block[:, None], first)))
+            last = tl.maximum(last, tl.max(tl.where(is_attended, block[:, None] + 1, 0)))
     maximum = tl.full((ROWS,), float("-inf"), tl.float32)
-    totals_of_keys = tl.zeros((ROWS, KEYS), tl.float32)  # added up in the end, which costs less
-    mixed = tl.zeros((ROWS, V_BLOCK), tl.float32)
-    origins_of_keys = tl.zeros((ROWS, KEYS), tl.float32)
+    totals_of_keys = tl.zeros((KEYS, ROWS), tl.float32)  # added up in the end, which costs less
+    mixed = tl.zeros((V_BLOCK, ROWS), tl.float32)
+    origins_of_keys = tl.zeros((KEYS, ROWS), tl.float32)
     for block in range(rounds(first), rounds(last)):
         start = (split + block * splits) * KEYS
         key = start + tl.arange(0, KEYS)
         if K_BITS < 16:
-            k_rows, k_factor, k_origin = _load_codes(
+            k_rows, k_origin, k_factor = _load_codes(
                 k_at, k_scale, k_zero, start, keys, stride_k, stride_k_scale,
                 KEYS, K_SIZE, K_BLOCK, K_BITS, K_GROUP, dtype,
             )  # fmt: skip
         else:
             k_rows = _load_block(k_at, start, keys, stride_k, KEYS, K_SIZE, K_BLOCK)
         if V_BITS < 16:
-            v_rows, v_factor, v_origin = _load_codes(
+            v_rows, v_origin, v_factor = _load_codes(
                 v_at, v_scale, v_zero, start, keys, stride_v, stride_v_scale,
                 KEYS, V_SIZE, V_BLOCK, V_BITS, V_GROUP, dtype,
             )  # fmt: skip
         else:
             v_rows = _load_block(v_at, start, keys, stride_v, KEYS, V_SIZE, V_BLOCK)
-        scores = dot(q_rows, tl.trans(k_rows), PRECISION)
+        scores = dot(k_rows, q_rows, PRECISION)
         if K_IS_SCALED:
-            scores = (scores - q_sum[:, None] * k_origin[None, :]) * (k_factor * scale)[None, :]
+            scores = (scores - k_origin[:, None] * q_sum[None, :]) * (k_factor * scale)[:, None]
         else:
             scores *= scale
         if mask is not None:
-            scores += _load_mask(mask_at, stride_mask, key, is_mask_row & (key < keys)[None, :])
+            scores += _load_mask(mask_at, stride_mask, key, (key < keys)[:, None] & is_mask_row)
         else:
-            scores = tl.where((key < keys)[None, :], scores, float("-inf"))
-        larger = tl.maximum(maximum, tl.max(scores, axis=1))
+            scores = tl.where((key < keys)[:, None], scores, float("-inf"))
+        larger = tl.maximum(maximum, tl.max(scores, axis=0))
         # Not exp2 of scores that are scaled by log2(e): with the lowest float32 added, as some masks have it, they
         # would become -inf.
-        weights = _exp(scores, larger[:, None])
-        shrinkage = _exp(maximum, larger)[:, None]
+        weights = _exp(scores, larger[None, :])
+        shrinkage = _exp(maximum, larger)[None, :]
         totals_of_keys = totals_of_keys * shrinkage + weights
         if V_IS_SCALED:
             if dtype == tl.float16:  # its range: weights are at most 1 in units of the largest factor
@@ -263,24 +265,24 @@ def _attend(
                 unit = tl.where(unit == 0, 1.0, unit)
             else:
                 unit = 1.0
-            weights = round_to(weights * (v_factor / unit)[None, :], dtype)
-            mixed = mixed * shrinkage + dot(weights, v_rows, PRECISION) * unit
-            origins_of_keys = origins_of_keys * shrinkage + weights.to(tl.float32) * (v_origin * unit)[None, :]
+            weights = round_to(weights * (v_factor / unit)[:, None], dtype)
+            mixed = mixed * shrinkage + dot(tl.trans(v_rows), weights, PRECISION) * unit
+            origins_of_keys = origins_of_keys * shrinkage + weights.to(tl.float32) * (v_origin * unit)[:, None]
         else:
-            mixed = mixed * shrinkage + dot(round_to(weights, dtype), v_rows, PRECISION)
+            mixed = mixed * shrinkage + dot(tl.trans(v_rows), round_to(weights, dtype), PRECISION)
         maximum = larger
-    total = tl.sum(totals_of_keys, axis=1)
+    total = tl.sum(totals_of_keys, axis=0)
     if V_IS_SCALED:
-        mixed -= tl.sum(origins_of_keys, axis=1)[:, None]
+        mixed -= tl.sum(origins_of_keys, axis=0)[None, :]
     column, is_column = _elements(V_SIZE, V_BLOCK, V_BITS)
-    is_result = is_row[:, None] & is_column[None, :]
+    is_result = is_column[:, None] & is_row[None, :]
     at = pair.to(tl.int64) * (group * queries) + row
     if partial is None:
-        result = round_to(_quotient(mixed, total[:, None]), y.dtype.element_ty)
-        tl.store(y + at[:, None] * V_SIZE + column[None, :], result, mask=is_result)
+        result = round_to(_quotient(mixed, total[None, :]), y.dtype.element_ty)
+        tl.store(y + at[None, :] * V_SIZE + column[:, None], result, mask=is_result)
     else:
         at = at * splits + split
-        tl.store(partial + at[:, None] * V_SIZE + column[None, :], mixed, mask=is_result)
+        tl.store(partial + at[None, :] * V_SIZE + column[:, None], mixed, mask=is_result)
         tl.store(maxima + at, maximum, mask=is_row)
         tl.store(totals + at, total, mask=is_row)
 
@@ -332,8 +334,8 @@ class Rows:
 
     @property
     def block(self) -> int:
-        """Columns of a program's block."""
-        return power_of_two_from(self.size)
+        """Columns of a program's block, of packed codes two words at least."""
+        return power_of_two_from(self.size, SMALLEST_BLOCK if self.bits == 16 else max(SMALLEST_BLOCK, 64 // self.bits))
 
     @property
     def group(self) -> int:
@@ -373,8 +375,8 @@ def attend_rows(
     device, group, pairs = describe(q.device), heads // kv_heads, batch * kv_heads
     rows = power_of_two_from(group * queries)
     if launch is None:
-        kernel, row_bytes = ("attend", q.itemsize) if k.bits == 16 else ("attend_packed", q.itemsize)
-        launch = tiles.nearest(kernel, q.device, queries=rows, row_bytes=max(blocks.values()) * row_bytes)
+        kernel, bits = ("attend", 8 * q.itemsize) if k.bits == 16 else ("attend_packed", max(k.bits, v.bits))
+        launch = tiles.nearest(kernel, q.device, queries=rows, row_bytes=max(blocks.values()) * bits // 8)
     launch = dict(launch)
     keys_at_once = launch.pop("KEYS")
     programs = launch.pop("PROGRAMS") * device.multiprocessors

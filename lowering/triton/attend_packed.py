@@ -1,4 +1,4 @@
-"""Attention of few queries to packed codes: the kernel of ``attend``, which reads a quarter of the bytes of bfloat16."""
+"""Attention of few queries to packed codes, by the kernel of ``attend``: of 4 bits a quarter of bfloat16's bytes."""
 
 from __future__ import annotations
 

@@ -83,33 +83,35 @@ def high_nibbles(packed):
 
 
 def _words_to_floats(bits: int, upper: int) -> str:
-    """Return PTX that makes 16-bit floats of the codes in a word: the last bits of what has these upper bits, 16 too.
+    """Return PTX that makes 16-bit floats of the codes in two words: the last bits of what has these upper bits.
 
-    One masks two codes, half a word apart, and sets the upper bits of both: two codes take one shift and one ``lop3``.
+    Equal halves of both words are put side by side, so that two codes take one shift, and one ``lop3`` that masks them
+    and sets the upper bits. A register holds the same code of both.
     """
     count = 32 // bits
-    mask, word = (2**bits - 1) * 0x00010001, f"${count}"
-    lines = []
-    for pair in range(count // 2):
-        lines.append(f"shr.u32 t, {word}, {bits * pair};")
-        lines.append(f"lop3.b32 t, t, {mask:#x}, {upper * 0x00010001:#x}, 0xEA;")
-        lines.append(f"mov.b32 {{${2 * pair}, ${2 * pair + 1}}}, t;")
-    return f"{{ .reg .b32 t; {' '.join(lines)} }}"
+    mask, uppers = (2**bits - 1) * 0x00010001, upper * 0x00010001
+    lines = [f"prmt.b32 halves, ${count}, ${count + 1}, 0x5410;"]
+    for code in range(count):
+        if code == count // 2:
+            lines.append(f"prmt.b32 halves, ${count}, ${count + 1}, 0x7632;")
+        lines.append(f"shr.u32 shifted, halves, {bits * code % 16};")
+        lines.append(f"lop3.b32 ${code}, shifted, {mask:#x}, {uppers:#x}, 0xEA;")  # (a & b) | c
+    return f"{{ .reg .b32 halves, shifted; {' '.join(lines)} }}"
 
 
 def _bytes_to_bfloat16() -> str:
-    """Return PTX for codes of 8 bits, which fill a bfloat16: they are made the last bits of 2^23 in float32 first."""
+    """Return PTX for codes of 8 bits, all that a bfloat16 has: they are made the last bits of 2^23 in float32 first."""
     lines = []
-    for pair in range(2):
-        for name, byte in (("a", pair), ("b", pair + 2)):
-            lines.append(f"prmt.b32 t, $4, 0x4B000000, {0x7540 | byte:#x}; mov.b32 {name}, t;")
+    for code in range(4):
+        for name, word in (("low", "$4"), ("high", "$5")):
+            lines.append(f"prmt.b32 bits, {word}, 0x4B000000, {0x7540 | code:#x}; mov.b32 {name}, bits;")
             lines.append(f"sub.f32 {name}, {name}, 0f4B000000;")
-        lines.append(f"cvt.rn.bf16x2.f32 t, b, a; mov.b32 {{${2 * pair}, ${2 * pair + 1}}}, t;")
-    return f"{{ .reg .b32 t; .reg .f32 a, b; {' '.join(lines)} }}"
+        lines.append(f"cvt.rn.bf16x2.f32 ${code}, high, low;")
+    return f"{{ .reg .b32 bits; .reg .f32 low, high; {' '.join(lines)} }}"
 
 
 def _registers(count: int) -> str:
-    return ",".join(["=h"] * count + ["r"])
+    return ",".join(["=&r"] * count + ["r", "r"])
 
 
 BFLOAT16_OFFSET = tl.constexpr(128)  # 0x4300, whose last bit stands for 1
@@ -140,7 +142,7 @@ def code_offset(BITS: tl.constexpr, dtype: tl.constexpr):
 @triton.jit
 def code_at(place, BITS: tl.constexpr):
     """Return which code of a packed row is at a place of what ``codes_as_floats`` returns."""
-    COUNT: tl.constexpr = 32 // BITS
+    COUNT: tl.constexpr = 64 // BITS  # in two words
     return place // COUNT * COUNT + place % COUNT // 2 + place % 2 * (COUNT // 2)
 
 
@@ -150,41 +152,44 @@ def codes_as_floats(words, BITS: tl.constexpr, dtype: tl.constexpr):
 
     The result is [rows, 32 / BITS * words]; ``code_at`` says which code is where.
     """
-    is_bfloat16: tl.constexpr = dtype == tl.bfloat16
     IS_PLAIN: tl.constexpr = INTERPRETED or dtype == tl.float32
+    is_bfloat16: tl.constexpr = dtype == tl.bfloat16
     if BITS == 8:
         if IS_PLAIN:
-            a, b, c, d = words, words >> 16, words >> 8, words >> 24
+            a, b, c, d = words, words >> 8, words >> 16, words >> 24
         else:
             asm8: tl.constexpr = CODES_8_AS_BFLOAT16 if is_bfloat16 else CODES_8_AS_FLOAT16
             types8: tl.constexpr = BFLOAT16S_8 if is_bfloat16 else FLOAT16S_8
-            a, b, c, d = tl.inline_asm_elementwise(asm8, REGISTERS_8, [words], dtype=types8, is_pure=True, pack=1)
+            a, b, c, d = tl.inline_asm_elementwise(asm8, REGISTERS_8, [words], dtype=types8, is_pure=True, pack=2)
         codes = _joined4(a, b, c, d)
     elif BITS == 4:
         if IS_PLAIN:
-            a, b, c, d = words, words >> 16, words >> 4, words >> 20
-            e, f, g, h = words >> 8, words >> 24, words >> 12, words >> 28
+            a, b, c, d = words, words >> 4, words >> 8, words >> 12
+            e, f, g, h = words >> 16, words >> 20, words >> 24, words >> 28
         else:
             asm4: tl.constexpr = CODES_4_AS_BFLOAT16 if is_bfloat16 else CODES_4_AS_FLOAT16
             types4: tl.constexpr = BFLOAT16S_4 if is_bfloat16 else FLOAT16S_4
             a, b, c, d, e, f, g, h = tl.inline_asm_elementwise(
-                asm4, REGISTERS_4, [words], dtype=types4, is_pure=True, pack=1
+                asm4, REGISTERS_4, [words], dtype=types4, is_pure=True, pack=2
             )
         codes = _joined8(a, b, c, d, e, f, g, h)
     else:
         if IS_PLAIN:
-            a, b, c, d = words, words >> 16, words >> 2, words >> 18
-            e, f, g, h = words >> 4, words >> 20, words >> 6, words >> 22
-            i, j, k, l = words >> 8, words >> 24, words >> 10, words >> 26
-            m, n, o, p = words >> 12, words >> 28, words >> 14, words >> 30
+            a, b, c, d = words, words >> 2, words >> 4, words >> 6
+            e, f, g, h = words >> 8, words >> 10, words >> 12, words >> 14
+            i, j, k, m = words >> 16, words >> 18, words >> 20, words >> 22
+            n, o, p, q = words >> 24, words >> 26, words >> 28, words >> 30
         else:
             asm2: tl.constexpr = CODES_2_AS_BFLOAT16 if is_bfloat16 else CODES_2_AS_FLOAT16
             types2: tl.constexpr = BFLOAT16S_2 if is_bfloat16 else FLOAT16S_2
-            a, b, c, d, e, f, g, h, i, j, k, l, m, n, o, p = tl.inline_asm_elementwise(
-                asm2, REGISTERS_2, [words], dtype=types2, is_pure=True, pack=1
+            a, b, c, d, e, f, g, h, i, j, k, m, n, o, p, q = tl.inline_asm_elementwise(
+                asm2, REGISTERS_2, [words], dtype=types2, is_pure=True, pack=2
             )
-        codes = tl.join(_joined8(a, c, e, g, i, k, m, o), _joined8(b, d, f, h, j, l, n, p))
-    codes = tl.reshape(codes, (words.shape[0], 32 // BITS * words.shape[1]))
+        codes = tl.join(_joined8(a, c, e, g, i, k, n, p), _joined8(b, d, f, h, j, m, o, q))
+    COUNT: tl.constexpr = 32 // BITS
+    WORDS: tl.constexpr = words.shape[1]
+    codes = tl.permute(tl.reshape(codes, (words.shape[0], WORDS // 2, 2, COUNT)), (0, 1, 3, 2))
+    codes = tl.reshape(codes, (words.shape[0], COUNT * WORDS))
     if IS_PLAIN:
         offset: tl.constexpr = code_offset(BITS, dtype)
         codes = round_to((codes & (2**BITS - 1)).to(tl.float32) + offset, dtype)

@@ -160,8 +160,8 @@ def _reason_against_codes(bits: int, size: int, scale: Tensor) -> str | None:
     if size % (WORD // bits):
         return f"{size} codes of {bits} bits are no whole words"
     group = size // scale.shape[-1]
-    if group != size and (group & (group - 1) or group < WORD // bits):
-        return f"groups of {group}: the kernel takes whole heads, and powers of two that are whole words"
+    if group != size and (group & (group - 1) or group < 2 * WORD // bits):
+        return f"groups of {group}: the kernel takes whole heads, and powers of two from 64 bits on"
     return None
 
 

@@ -1,32 +1,37 @@
-"""A search for launch parameters of the matrix products: the fastest for each shape, quantisation included."""
+"""A search for launch parameters: of matrix products, quantisation included, and of attention of few queries."""
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import multiprocessing
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from functools import partial
 from typing import Any
 
 import torch
 
+from quarot_fx.bench.attention import BITS, CACHES, HEAD, HEADS, attend_cache, random_cache
 from quarot_fx.bench.matmul import Quantized
-from quarot_fx.bench.timing import microseconds
+from quarot_fx.bench.timing import microseconds, number_of_copies
 from quarot_fx.lowering.triton.int_linear import MOST_GEMV_TOKENS
+from quarot_fx.lowering.triton.rotation_matrices import SMALLEST_BLOCK
 
 TOKENS = (1, 2, 16, 32, 64, 128, 256, 512, 2048)
 COMPILERS = 12  # processes
 Candidate = dict[str, Any]
+Table = dict[str, list[dict[str, Any]]]
 
 
-def tune(shapes: Sequence[tuple[int, int]], tokens: Sequence[int] = TOKENS) -> dict[str, list[dict[str, Any]]]:
+def tune_matmul(shapes: Sequence[tuple[int, int]], tokens: Sequence[int] = TOKENS) -> Table:
     """Return a table for ``lowering/triton/tables`` with the fastest candidate for each shape and number of tokens."""
     jobs = {(columns, m): candidates(m) for (_, columns), m in itertools.product(shapes, tokens)}
     with ProcessPoolExecutor(COMPILERS, mp_context=multiprocessing.get_context("spawn")) as pool:
         works = dict(
             zip(jobs, pool.map(_compilable, *zip(*((*job, c) for job, c in jobs.items()), strict=True)), strict=True)
         )
-    table: dict[str, list[dict[str, Any]]] = {"int_gemv": [], "int_matmul": []}
+    table: Table = {"int_gemv": [], "int_matmul": []}
     for rows, columns in shapes:
         layer = Quantized(rows, columns)
         for m in tokens:
@@ -96,3 +101,50 @@ def _compilable(columns: int, tokens: int, tried: list[Candidate]) -> list[Candi
 
 def _time(layer: Quantized, x: torch.Tensor, launch: Candidate) -> float:
     return microseconds(lambda weight: layer.multiply(layer.quantize(x), weight, launch), layer.weights)
+
+
+# -- attention -------------------------------------------------------------------------------------
+
+
+def tune_attention(caches: Sequence[tuple[int, int]] = CACHES, bits: Sequence[int] = BITS) -> Table:
+    """Return a table with the candidate for each number of bits whose times are shortest, in the mean of all caches'
+    ratios to their best.
+    """
+    table: Table = {"attend": [], "attend_packed": []}
+    for count in bits:
+        works = _attention_candidates(count)
+        times: dict[int, list[float]] = {index: [] for index in range(len(works))}
+        for batch, keys in caches:
+            q = torch.randn(batch, HEADS, 1, HEAD, device="cuda", dtype=torch.bfloat16)
+            mask = (torch.arange(keys, device="cuda") < keys).expand(batch, 1, 1, keys)
+            cache = random_cache(batch, keys, count)
+            held = sum(tensor.nbytes for tensor in cache)
+            variants = [cache, *(random_cache(batch, keys, count) for _ in range(number_of_copies(held) - 1))]
+            for index, launch in enumerate(works):
+                call = partial(attend_cache, q, mask, count, launch=launch)
+                times[index].append(microseconds(call, variants))
+        best = [min(column) for column in zip(*times.values(), strict=True)]
+        ratios = {index: sum(t / b for t, b in zip(row, best, strict=True)) / len(best) for index, row in times.items()}
+        for index in sorted(ratios, key=ratios.__getitem__)[:5]:
+            shown = ", ".join(f"{time:.1f}" for time in times[index])
+            print(f"{count} bits: {works[index]} takes {shown} us, {ratios[index]:.3f} of the best")
+        launch = works[min(ratios, key=ratios.__getitem__)]
+        entry = {"queries": SMALLEST_BLOCK, "row_bytes": HEAD * count // 8, "launch": launch}
+        table["attend" if count == 16 else "attend_packed"].append(entry)
+    return table
+
+
+def _attention_candidates(bits: int) -> list[Candidate]:
+    """Return launch parameters that the device has room for, compiled."""
+    from triton.runtime.errors import OutOfResources
+
+    q = torch.randn(1, HEADS, 1, HEAD, device="cuda", dtype=torch.bfloat16)
+    cache, mask = random_cache(1, 2048, bits), torch.ones(2048, dtype=torch.bool, device="cuda")
+    works = []
+    for keys, programs, stages in itertools.product((32, 64, 128, 256), (1, 2, 3, 4), (1, 2, 3, 4)):
+        for warps in {32: (4,), 64: (4,), 128: (4, 8), 256: (8,)}[keys]:
+            launch = {"KEYS": keys, "PROGRAMS": programs, "num_warps": warps, "num_stages": stages}
+            with contextlib.suppress(OutOfResources):
+                attend_cache(q, mask, bits, cache, launch)
+                works.append(launch)
+    return works

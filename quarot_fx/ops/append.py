@@ -1,4 +1,4 @@
-"""``quarot::append``: new keys or values of one layer are rotated, quantised, packed and stored in a cache, in place."""
+"""``quarot::append``: new keys or values are rotated, quantised, packed, and stored in a cache in place."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""``quarot::append_dequantize``: what ``quarot::append`` does, and the numbers that a cache has now, as a prompt reads them."""
+"""``quarot::append_dequantize``: what ``quarot::append`` does, and what a prompt reads: the numbers that are stored."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from quarot_fx.ops.dequantize import dequantize
 
 
 def _reference(codes: Tensor, scale: Tensor, zero: Tensor, x: Tensor, *rest: Any) -> Tensor:
-    """Store x in a cache, as ``quarot::append`` does, and return its codes as numbers, contiguous, in the dtype of x."""
+    """Store x in a cache as ``quarot::append`` does, and return its codes as numbers, contiguous, in the dtype of x."""
     return dequantize(*append_rows(codes, scale, zero, x, *rest), x.dtype)
 
 
