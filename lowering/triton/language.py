@@ -371,7 +371,17 @@ def _round_to_code(values, reciprocal, origin, lowest, highest):
 
     The last bits of such a float32 are the code in two's complement. A NaN becomes the lowest code.
     """
-    shifted = tl.fma(values, reciprocal, ROUND_TO_INTEGER)
+    return _clamped(tl.fma(values, reciprocal, ROUND_TO_INTEGER), origin, lowest, highest)
+
+
+@triton.jit
+def _nearest_code(quotients, origin, highest):
+    """Return what ``_round_to_code`` does, of quotients, and with 0 as the lowest code."""
+    return _clamped(quotients + ROUND_TO_INTEGER, origin, 0.0, highest)
+
+
+@triton.jit
+def _clamped(shifted, origin, lowest, highest):
     if origin is not None:
         shifted += origin
     if INTERPRETED:  # a GPU's maximum drops a NaN, numpy's does not
@@ -420,3 +430,25 @@ def store_quantized(values, codes_at, mask, scale, zero, sums, groups, is_group,
     if zero is not None:
         total -= (values.shape[1] * values.shape[2] - size) * zeros.to(tl.int32)
     tl.store(sums + groups, total, mask=is_group)
+
+
+@triton.jit
+def encode_asymmetric(rows, clip, BITS: tl.constexpr):
+    """Return codes of float32 [rows, elements], as int32, with a scale and a zero point (float32) for each row.
+
+    ``quarot::quantize_asymmetric`` defines the numbers, and these are the same to the last bit, if products and sums
+    are not contracted. Masked elements must be 0, which is in any range.
+    """
+    HIGHEST: tl.constexpr = 2.0**BITS - 1
+    largest = _largest_magnitude(rows)
+    low = tl.minimum(tl.min(rows, axis=1), 0.0) * clip
+    high = tl.maximum(tl.max(rows, axis=1), 0.0) * clip
+    step = divide_scalars(high - low, HIGHEST)
+    is_finite = largest < float("inf")
+    step = tl.where(step == 0, 1.0, tl.where(is_finite, step, largest))
+    zero = _nearest_code(divide_scalars(-low, step), None, HIGHEST) - ROUND_TO_INTEGER
+    zero = tl.where(is_finite, zero, 0.0)  # a row with a value that is not finite has one code only
+    shifted = _nearest_code(
+        divide_scalars(rows, step[:, None]), zero[:, None], tl.where(is_finite, HIGHEST, 0.0)[:, None]
+    )
+    return shifted.to(tl.int32, bitcast=True) - ROUND_TO_INTEGER_BITS, step, zero

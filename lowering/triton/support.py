@@ -119,6 +119,33 @@ def _rope_rotate(x: Tensor, cos: Tensor, sin: Tensor, rotation: str) -> str | No
     return _reason_against_head(x.shape[-1])
 
 
+def _append(
+    codes: Tensor,
+    scale: Tensor,
+    zero: Tensor,
+    x: Tensor,
+    position: Tensor,
+    cos: Tensor | None,
+    sin: Tensor | None,
+    rotation: str | None,
+    bits: int,
+    group: int | None,
+    clip: float,
+) -> str | None:
+    if reason := _reason_against_device(x.device) or _reason_against_row(x):
+        return reason
+    size = x.shape[-1]
+    if any(tensor.stride(-1) != 1 for tensor in (codes, scale, zero)):
+        return "the cache has gaps in its last axis"
+    if group is not None and group != size and group & (group - 1):
+        return f"groups of {group}: the kernel takes whole heads and powers of two"
+    return _reason_against_head(size) or _reason_against_bits(bits)
+
+
+def _reason_against_bits(bits: int) -> str | None:
+    return None if bits in PACKED_BITS else f"codes of {bits} bits have no kernel; those of 2, 4 and 8 have"
+
+
 def _reason_against_head(size: int) -> str | None:
     return f"heads of {size} elements are larger than {LARGEST_HEAD}" if size > LARGEST_HEAD else None
 
@@ -153,8 +180,8 @@ def _attend_packed(
 
 
 def _reason_against_codes(bits: int, size: int, scale: Tensor) -> str | None:
-    if bits not in PACKED_BITS:
-        return f"codes of {bits} bits have no kernel; 2, 4 and 8 have"
+    if reason := _reason_against_bits(bits):
+        return reason
     if scale.dtype != torch.float32:
         return f"scales are {scale.dtype}"
     if size % (WORD // bits):
@@ -179,6 +206,8 @@ def _reason_against_attention(q: Tensor, k: Tensor, v_size: int, mask: Tensor | 
 
 
 REASONS: dict[str, Callable[..., str | None]] = {
+    "append": _append,
+    "append_dequantize": _append,
     "attend": _attend,
     "attend_packed": _attend_packed,
     "int_linear": _int_linear,
