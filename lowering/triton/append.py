@@ -14,7 +14,9 @@ from quarot_fx.lowering.triton.device import describe
 from quarot_fx.lowering.triton.language import (
     dot,
     encode_asymmetric,
+    keep,
     let_dependents_start,
+    low_byte,
     round_to,
     wait_for_inputs,
 )
@@ -75,30 +77,30 @@ def _append(
     is_stored = (place >= 0) & (place < capacity)
     if matrix is not None:
         values = round_to(dot(values, rotation, PRECISION) * norm, values.dtype)
+        if values.dtype != tl.float32:
+            values = keep(values)
     rows = tl.reshape(values.to(tl.float32), (TOKENS * GROUP_BLOCKS, BLOCK // GROUP_BLOCKS))
     row_codes, step, zeros = encode_asymmetric(rows, clip, BITS)
     if y is not None:
-        numbers = tl.reshape((row_codes.to(tl.float32) - zeros[:, None]) * step[:, None], (TOKENS, BLOCK))
+        numbers = tl.reshape((row_codes - zeros[:, None]) * step[:, None], (TOKENS, BLOCK))
         at = (tl.program_id(1).to(tl.int64) * tokens + token[:, None]) * SIZE + column[None, :]
         tl.store(y + at, round_to(numbers, y.dtype.element_ty), mask=mask)
     CODES: tl.constexpr = 8 // BITS  # of a byte
     BYTES: tl.constexpr = (SIZE * BITS + 7) // 8
     token_codes = tl.reshape(row_codes, (TOKENS, BLOCK))
     if SIZE % CODES:
-        token_codes = tl.where((column < SIZE)[None, :], token_codes, 0)  # the last byte is filled up with zeros
+        token_codes = tl.where((column < SIZE)[None, :], token_codes, 0.0)  # the last byte is filled up with zeros
     if CODES > 1:
-        shifted = (
-            tl.reshape(token_codes, (TOKENS, BLOCK // CODES, CODES)) << (tl.arange(0, CODES) * BITS)[None, None, :]
-        )
-        token_codes = tl.sum(shifted, axis=2)
+        factors = (1 << (tl.arange(0, CODES) * BITS)).to(tl.float32)  # that put codes side by side, exactly
+        token_codes = tl.sum(tl.reshape(token_codes, (TOKENS, BLOCK // CODES, CODES)) * factors[None, None, :], axis=2)
     byte, group = tl.arange(0, BLOCK // CODES), tl.arange(0, GROUP_BLOCKS)
     at = codes + batch * stride_codes_batch + head * stride_codes_head + place[:, None] * stride_codes + byte[None, :]
-    tl.store(at, token_codes.to(tl.uint8), mask=is_stored[:, None] & (byte < BYTES)[None, :])
+    tl.store(at, low_byte(token_codes), mask=is_stored[:, None] & (byte < BYTES)[None, :])
     mask = is_stored[:, None] & (group < GROUPS)[None, :]
     at = batch * stride_scale_batch + head * stride_scale_head + place[:, None] * stride_scale + group[None, :]
     tl.store(scale + at, tl.reshape(step, (TOKENS, GROUP_BLOCKS)), mask=mask)
     at = batch * stride_zero_batch + head * stride_zero_head + place[:, None] * stride_zero + group[None, :]
-    tl.store(zero + at, tl.reshape(zeros, (TOKENS, GROUP_BLOCKS)).to(tl.uint8), mask=mask)
+    tl.store(zero + at, low_byte(tl.reshape(zeros, (TOKENS, GROUP_BLOCKS))), mask=mask)
 
 
 def append(

@@ -14,6 +14,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 INTERPRETED = tl.constexpr(knobs.runtime.interpret)
 ROUND_TO_INTEGER = tl.constexpr(1.5 * 2.0**23)  # adding it leaves no bits for a fraction: rounds half to even
 ROUND_TO_INTEGER_BITS = tl.constexpr(0x4B400000)
+LARGEST = tl.constexpr(3.4028234663852886e38)  # float32
 
 
 # -- packed codes ----------------------------------------------------------------------------------
@@ -375,13 +376,14 @@ def _round_to_code(values, reciprocal, origin, lowest, highest):
 
 
 @triton.jit
-def _nearest_code(quotients, origin, highest):
-    """Return what ``_round_to_code`` does, of quotients, and with 0 as the lowest code."""
-    return _clamped(quotients + ROUND_TO_INTEGER, origin, 0.0, highest)
+def low_byte(integers):
+    """Return the last 8 bits of integers in float32 as uint8, without a conversion."""
+    return (integers + ROUND_TO_INTEGER).to(tl.int32, bitcast=True).to(tl.uint8)
 
 
 @triton.jit
 def _clamped(shifted, origin, lowest, highest):
+    """Return ROUND_TO_INTEGER + an integer plus an integer origin, clamped; a NaN becomes the lowest."""
     if origin is not None:
         shifted += origin
     if INTERPRETED:  # a GPU's maximum drops a NaN, numpy's does not
@@ -433,22 +435,39 @@ def store_quantized(values, codes_at, mask, scale, zero, sums, groups, is_group,
 
 
 @triton.jit
-def encode_asymmetric(rows, clip, BITS: tl.constexpr):
-    """Return codes of float32 [rows, elements], as int32, with a scale and a zero point (float32) for each row.
+def _maximum(rows):
+    """Return the maximum of each row of [rows, elements]; a NaN wins."""
+    if INTERPRETED:
+        magnitude = _largest_magnitude(rows)
+        largest = tl.where(magnitude == magnitude, tl.max(rows, axis=1), magnitude)
+    else:
+        largest = tl.reduce(rows, 1, _maximum_or_nan)
+    return largest
 
-    ``quarot::quantize_asymmetric`` defines the numbers, and these are the same to the last bit, if products and sums
-    are not contracted. Masked elements must be 0, which is in any range.
+
+@triton.jit
+def encode_asymmetric(rows, clip, BITS: tl.constexpr):
+    """Return codes of float32 [rows, elements], and a scale and a zero point for each row, all float32.
+
+    ``quarot::quantize_asymmetric`` defines the numbers, and these are the same, if products and sums are not contracted
+    and scales are normal numbers. Masked elements must be 0, which is in any range.
     """
     HIGHEST: tl.constexpr = 2.0**BITS - 1
-    largest = _largest_magnitude(rows)
     low = tl.minimum(tl.min(rows, axis=1), 0.0) * clip
-    high = tl.maximum(tl.max(rows, axis=1), 0.0) * clip
+    high = tl.maximum(_maximum(rows), 0.0, propagate_nan=tl.PropagateNan.ALL) * clip
     step = divide_scalars(high - low, HIGHEST)
-    is_finite = largest < float("inf")
-    step = tl.where(step == 0, 1.0, tl.where(is_finite, step, largest))
-    zero = _nearest_code(divide_scalars(-low, step), None, HIGHEST) - ROUND_TO_INTEGER
-    zero = tl.where(is_finite, zero, 0.0)  # a row with a value that is not finite has one code only
-    shifted = _nearest_code(
-        divide_scalars(rows, step[:, None]), zero[:, None], tl.where(is_finite, HIGHEST, 0.0)[:, None]
-    )
-    return shifted.to(tl.int32, bitcast=True) - ROUND_TO_INTEGER_BITS, step, zero
+    step = tl.where(step == 0, 1.0, step)
+    highest = tl.where(step < float("inf"), HIGHEST, 0.0)  # a row with a value that is not finite has one code only
+    zero = _clamped(divide_scalars(-low, step) + ROUND_TO_INTEGER, None, 0.0, highest) - ROUND_TO_INTEGER
+    quotients = _divide_rows(rows, step)
+    codes = _clamped(quotients + ROUND_TO_INTEGER, zero[:, None], 0.0, highest[:, None]) - ROUND_TO_INTEGER
+    return codes, step, zero
+
+
+@triton.jit
+def _divide_rows(rows, divisors):
+    """Return each row over its divisor, correctly rounded (Markstein): a tenth of the instructions of a division."""
+    reciprocals = tl.minimum(divide_scalars(1.0, divisors), LARGEST)[:, None]  # finite for the smallest divisors too
+    quotients = rows * reciprocals
+    rest = tl.fma(-quotients, tl.broadcast_to(divisors[:, None], rows.shape), rows)
+    return tl.fma(rest, tl.broadcast_to(reciprocals, rows.shape), quotients)
