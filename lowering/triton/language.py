@@ -131,12 +131,8 @@ FLOAT16S_2, FLOAT16S_4, FLOAT16S_8 = (tl.constexpr((tl.float16,) * count) for co
 @triton.jit
 def code_offset(BITS: tl.constexpr, dtype: tl.constexpr):
     """Return what ``codes_as_floats`` adds to codes."""
-    if dtype == tl.float16:
-        offset: tl.constexpr = FLOAT16_OFFSET
-    elif dtype == tl.bfloat16 and BITS < 8:
-        offset: tl.constexpr = BFLOAT16_OFFSET
-    else:
-        offset: tl.constexpr = 0
+    of_bfloat16: tl.constexpr = BFLOAT16_OFFSET if dtype == tl.bfloat16 and BITS < 8 else 0
+    offset: tl.constexpr = FLOAT16_OFFSET if dtype == tl.float16 else of_bfloat16
     return offset
 
 

@@ -261,7 +261,7 @@ def _tuned(choice: Choice, parts: Sequence[str]) -> str:
         if part not in TUNED:
             raise OptionError(name="tune", value=part, reason=f"launch parameters are searched for {', '.join(TUNED)}")
     _check_gpu()
-    table = {}
+    table: dict[str, list[dict[str, Any]]] = {}
     if "matmul" in parts:
         table |= tune_matmul(choice.shapes or list(distinct_shapes()), choice.tokens or TOKENS)
     if "attention" in parts:
