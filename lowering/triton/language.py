@@ -463,7 +463,13 @@ def encode_asymmetric(rows, clip, BITS: tl.constexpr):
 @triton.jit
 def _divide_rows(rows, divisors):
     """Return each row over its divisor, correctly rounded (Markstein): a tenth of the instructions of a division."""
-    reciprocals = tl.minimum(divide_scalars(1.0, divisors), LARGEST)[:, None]  # finite for the smallest divisors too
-    quotients = rows * reciprocals
-    rest = tl.fma(-quotients, tl.broadcast_to(divisors[:, None], rows.shape), rows)
-    return tl.fma(rest, tl.broadcast_to(reciprocals, rows.shape), quotients)
+    if INTERPRETED:  # its fma rounds twice
+        quotients = rows / divisors[:, None]
+    else:
+        reciprocals = tl.minimum(divide_scalars(1.0, divisors), LARGEST)[
+            :, None
+        ]  # finite for the smallest divisors too
+        quotients = rows * reciprocals
+        rest = tl.fma(-quotients, tl.broadcast_to(divisors[:, None], rows.shape), rows)
+        quotients = tl.fma(rest, tl.broadcast_to(reciprocals, rows.shape), quotients)
+    return quotients
