@@ -7,11 +7,14 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import fx
 
-from quarot_fx.attention import before_repetition, reads_of_keys_and_values
+from quarot_fx.aliasing import argument
+from quarot_fx.attention import Read, before_repetition, reads_codes, reads_of_keys_and_values
 from quarot_fx.basis.plan import Site
 from quarot_fx.config import UNQUANTIZED_BITS, QuarotConfig
 from quarot_fx.graph import PARAMETER, Constants, argument_nodes, is_float, is_tensor, module_path, stored_tensor
 from quarot_fx.linear_like import LAYERS, Layer, linear_likes
+from quarot_fx.ops import append_dequantize
+from quarot_fx.ops.declaration import reference_of
 from quarot_fx.passes.quantized import quantized_activation, quantized_weight
 from quarot_fx.program import Program
 from quarot_fx.report import CacheRecord, LinearRecord, OtherWeight, Report
@@ -33,9 +36,7 @@ def cover(program: Program) -> Report:
     caches = []
     for read in reads_of_keys_and_values(program.graph):
         site = sites.get((read.kind, read.name), none)
-        user, place = before_repetition(read)
-        bits = _activation_bits(argument_nodes(user)[place])
-        caches.append(CacheRecord(module_path(read.user), read.kind, bits, site.rotated, site.why))
+        caches.append(CacheRecord(module_path(read.user), read.kind, _cache_bits(read), site.rotated, site.why))
     others = list(_other_weights(program.graph, set(layers)))
     return Report(list(program.reports), program.plan, linears, caches, others, weight_bytes(program))
 
@@ -80,6 +81,16 @@ def _stored(graph: fx.Graph) -> Iterator[torch.Tensor]:
     for node in graph.find_nodes(op="get_attr"):
         if is_tensor(node) and PARAMETER in node.meta:
             yield stored_tensor(node)
+
+
+def _cache_bits(read: Read) -> int:
+    """Return the bits of the keys or values that are read: as an op takes them, or as they were made."""
+    if reads_codes(read.user):
+        return int(argument(read.user, f"{read.kind[0]}_bits"))
+    user, place = before_repetition(read)
+    x = argument_nodes(user)[place]
+    is_appended = reference_of(x.target) is append_dequantize
+    return int(argument(x, "bits")) if is_appended else _activation_bits(x)
 
 
 def _activation_bits(x: fx.Node) -> int:

@@ -7,6 +7,7 @@ from graphs import WHY_NOT_FUSED, Lambda, captured, fill, linear, node_named, re
 from torch.nn import functional as F
 
 from quarot_fx.config import QuarotConfig
+from quarot_fx.coverage import cover
 from quarot_fx.inspection import capture_one_graph
 from quarot_fx.ops.pack import packed_size
 from quarot_fx.passes.fuse_appends import FuseAppends
@@ -305,6 +306,16 @@ def test_two_layers_take_a_prompt_and_tokens_as_before():
             torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-4)
             torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
     assert ours[0] == 8
+
+
+@pytest.mark.kernels
+@pytest.mark.parametrize("is_empty", [True, False])
+@pytest.mark.parametrize("kernels", ["reference", "auto"])
+def test_keys_and_values_are_reported_with_their_bits(kernels, is_empty):
+    pytest.importorskip("triton")
+    program, _ = layers(is_empty)
+    program = rewritten(program, *(p(QuarotConfig(kernels=kernels)) for p in (*PASSES, LowerOps)))
+    assert [(record.kind, record.bits) for record in cover(program).caches] == [("key", 4), ("value", 4)] * 2
 
 
 @pytest.mark.parametrize("is_static", [True, False])
