@@ -74,45 +74,44 @@ def _load_codes(
     GROUP: tl.constexpr,
     dtype: tl.constexpr,
 ):
-    """Load packed keys or values [KEYS, BLOCK] as floats, and what to subtract and to multiply with then, [KEYS] each.
-
-    That is done here, and 0 and 1 are returned, where each has several groups.
-    """
+    """Load packed keys or values [KEYS, BLOCK] as floats: numbers where each has several groups, else codes."""
     CODES: tl.constexpr = 32 // BITS  # of a word
     GROUPS: tl.constexpr = SIZE // GROUP
     words_at = codes.to(tl.pointer_type(tl.int32))
     words = _load_block(words_at, start, end, stride // 4, KEYS, SIZE // CODES, BLOCK // CODES)
     floats = codes_as_floats(words, BITS, dtype)
-    offset: tl.constexpr = code_offset(BITS, dtype)
-    key = tl.arange(0, KEYS)
-    at = start.to(tl.int64) * stride_scale + key * stride_scale
-    is_key = start + key < end
-    if GROUPS == 1:
-        factor = tl.load(scale + at, mask=is_key, other=0)
-        origin = tl.load(zero + at, mask=is_key, other=0).to(tl.float32) + offset
-    else:
+    if GROUPS > 1:
         GROUP_BLOCKS: tl.constexpr = BLOCK // GROUP
-        group = tl.arange(0, GROUP_BLOCKS)
-        at = at[:, None] + group[None, :]
-        is_group = is_key[:, None] & (group < GROUPS)[None, :]
-        origins = tl.load(zero + at, mask=is_group, other=0).to(tl.float32) + offset
+        key, group = tl.arange(0, KEYS), tl.arange(0, GROUP_BLOCKS)
+        at = start.to(tl.int64) * stride_scale + key[:, None] * stride_scale + group[None, :]
+        is_group = (start + key < end)[:, None] & (group < GROUPS)[None, :]
         factors = tl.load(scale + at, mask=is_group, other=0)
+        origins = tl.load(zero + at, mask=is_group, other=0).to(tl.float32) + code_offset(BITS, dtype)
         grouped = tl.reshape(floats.to(tl.float32), (KEYS, GROUP_BLOCKS, GROUP))
         grouped = (grouped - origins[:, :, None]) * factors[:, :, None]
         floats = round_to(tl.reshape(grouped, (KEYS, BLOCK)), dtype)
-        origin, factor = 0.0, 1.0
-    return floats, origin, factor
+    return floats
+
+
+@triton.jit
+def _load_scales(scale, zero, start, end, stride, KEYS: tl.constexpr):
+    """Load the scale and the zero point of keys or values that have one each."""
+    key = tl.arange(0, KEYS)
+    at, is_key = start.to(tl.int64) * stride + key * stride, start + key < end
+    return tl.load(scale + at, mask=is_key, other=0), tl.load(zero + at, mask=is_key, other=0)
 
 
 @triton.jit
 def _load_mask(mask_at, stride, keys, is_mask):
-    """Load a mask [keys, rows] and return what is added to scores, -inf for keys that are not attended to."""
-    at = mask_at[None, :] + keys[:, None] * stride
-    if mask_at.dtype.element_ty == tl.int1:
-        added = tl.where(tl.load(at, mask=is_mask, other=0) != 0, 0.0, float("-inf"))
-    else:
-        added = tl.load(at, mask=is_mask, other=float("-inf")).to(tl.float32)
-    return added
+    """Load a mask [keys, rows]; where there is none, nothing is attended to."""
+    other = 0 if mask_at.dtype.element_ty == tl.int1 else float("-inf")
+    return tl.load(mask_at[None, :] + keys[:, None] * stride, mask=is_mask, other=other)
+
+
+@triton.jit
+def _added(loaded, IS_BOOLEAN: tl.constexpr):
+    """Return what a mask adds to scores, -inf for keys that are not attended to."""
+    return tl.where(loaded != 0, 0.0, float("-inf")) if IS_BOOLEAN else loaded.to(tl.float32)
 
 
 @triton.jit
@@ -213,52 +212,74 @@ def _attend(
         mask_head = kv_head * group + mask_row // queries
         mask_at = mask + batch * stride_mask_batch + mask_head * stride_mask_head
         mask_at += mask_row % queries * stride_mask_query
+        IS_BOOLEAN: tl.constexpr = mask.dtype.element_ty == tl.int1
         first, last = last, first
         SCANNED_BLOCKS: tl.constexpr = SCANNED // (MASK_ROWS * KEYS) if MASK_ROWS * KEYS < SCANNED else 1
         for scanned in range(rounds(tl.cdiv(first, SCANNED_BLOCKS))):
             place = tl.arange(0, SCANNED_BLOCKS * KEYS)
             block = scanned * SCANNED_BLOCKS + place // KEYS
             key = (split + block * splits) * KEYS + place % KEYS
-            added = _load_mask(mask_at, stride_mask, key, (key < keys)[:, None] & is_mask_row)
-            is_attended = added != float("-inf")
+            loaded = _load_mask(mask_at, stride_mask, key, (key < keys)[:, None] & is_mask_row)
+            is_attended = _added(loaded, IS_BOOLEAN) != float("-inf")
             first = tl.minimum(first, tl.min(tl.where(is_attended, block[:, None], first)))
             last = tl.maximum(last, tl.max(tl.where(is_attended, block[:, None] + 1, 0)))
     maximum = tl.full((ROWS,), float("-inf"), tl.float32)
     totals_of_keys = tl.zeros((KEYS, ROWS), tl.float32)  # added up in the end, which costs less
     mixed = tl.zeros((V_BLOCK, ROWS), tl.float32)
     origins_of_keys = tl.zeros((KEYS, ROWS), tl.float32)
+    # What is small is loaded one round before it is used: copies to shared memory, which Triton starts early, are no
+    # smaller than four bytes a thread.
+    start = (split + first * splits) * KEYS
+    if K_IS_SCALED:
+        next_k_factor, next_k_origin = _load_scales(k_scale, k_zero, start, keys, stride_k_scale, KEYS)
+    if V_IS_SCALED:
+        next_v_factor, next_v_origin = _load_scales(v_scale, v_zero, start, keys, stride_v_scale, KEYS)
+    if mask is not None:
+        key = start + tl.arange(0, KEYS)
+        next_mask = _load_mask(mask_at, stride_mask, key, (key < keys)[:, None] & is_mask_row)
     for block in range(rounds(first), rounds(last)):
         start = (split + block * splits) * KEYS
-        key = start + tl.arange(0, KEYS)
+        following = start + splits * KEYS
+        key = following + tl.arange(0, KEYS)
+        if K_IS_SCALED:
+            k_factor, k_origin = next_k_factor, next_k_origin
+            next_k_factor, next_k_origin = _load_scales(k_scale, k_zero, following, keys, stride_k_scale, KEYS)
+        if V_IS_SCALED:
+            v_factor, v_origin = next_v_factor, next_v_origin
+            next_v_factor, next_v_origin = _load_scales(v_scale, v_zero, following, keys, stride_v_scale, KEYS)
+        if mask is not None:
+            loaded = next_mask
+            next_mask = _load_mask(mask_at, stride_mask, key, (key < keys)[:, None] & is_mask_row)
         if K_BITS < 16:
-            k_rows, k_origin, k_factor = _load_codes(
+            k_rows = _load_codes(
                 k_at, k_scale, k_zero, start, keys, stride_k, stride_k_scale,
                 KEYS, K_SIZE, K_BLOCK, K_BITS, K_GROUP, dtype,
             )  # fmt: skip
         else:
             k_rows = _load_block(k_at, start, keys, stride_k, KEYS, K_SIZE, K_BLOCK)
-        if V_BITS < 16:
-            v_rows, v_origin, v_factor = _load_codes(
-                v_at, v_scale, v_zero, start, keys, stride_v, stride_v_scale,
-                KEYS, V_SIZE, V_BLOCK, V_BITS, V_GROUP, dtype,
-            )  # fmt: skip
-        else:
-            v_rows = _load_block(v_at, start, keys, stride_v, KEYS, V_SIZE, V_BLOCK)
         scores = dot(k_rows, q_rows, PRECISION)
         if K_IS_SCALED:
-            scores = (scores - k_origin[:, None] * q_sum[None, :]) * (k_factor * scale)[:, None]
+            origin = k_origin.to(tl.float32) + code_offset(K_BITS, dtype)
+            scores = (scores - origin[:, None] * q_sum[None, :]) * (k_factor * scale)[:, None]
         else:
             scores *= scale
         if mask is not None:
-            scores += _load_mask(mask_at, stride_mask, key, (key < keys)[:, None] & is_mask_row)
+            scores += _added(loaded, IS_BOOLEAN)
         else:
-            scores = tl.where((key < keys)[:, None], scores, float("-inf"))
+            scores = tl.where((start + tl.arange(0, KEYS) < keys)[:, None], scores, float("-inf"))
         larger = tl.maximum(maximum, tl.max(scores, axis=0))
         # Not exp2 of scores that are scaled by log2(e): with the lowest float32 added, as some masks have it, they
         # would become -inf.
         weights = _exp(scores, larger[None, :])
         shrinkage = _exp(maximum, larger)[None, :]
         totals_of_keys = totals_of_keys * shrinkage + weights
+        if V_BITS < 16:
+            v_rows = _load_codes(
+                v_at, v_scale, v_zero, start, keys, stride_v, stride_v_scale,
+                KEYS, V_SIZE, V_BLOCK, V_BITS, V_GROUP, dtype,
+            )  # fmt: skip
+        else:
+            v_rows = _load_block(v_at, start, keys, stride_v, KEYS, V_SIZE, V_BLOCK)
         if V_IS_SCALED:
             if dtype == tl.float16:  # its range: weights are at most 1 in units of the largest factor
                 unit = tl.max(v_factor, axis=0)
@@ -267,7 +288,8 @@ def _attend(
                 unit = 1.0
             weights = round_to(weights * (v_factor / unit)[:, None], dtype)
             mixed = mixed * shrinkage + dot(tl.trans(v_rows), weights, PRECISION) * unit
-            origins_of_keys = origins_of_keys * shrinkage + weights.to(tl.float32) * (v_origin * unit)[:, None]
+            origin = (v_origin.to(tl.float32) + code_offset(V_BITS, dtype)) * unit
+            origins_of_keys = origins_of_keys * shrinkage + weights.to(tl.float32) * origin[:, None]
         else:
             mixed = mixed * shrinkage + dot(tl.trans(v_rows), round_to(weights, dtype), PRECISION)
         maximum = larger

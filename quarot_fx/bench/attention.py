@@ -44,17 +44,21 @@ def measure_attention(
         theirs = {attended: _pytorch(q, pairs, mask) for attended, mask in masks.items()}
         del pairs
         for count in bits:
-            caches_in_turn = [random_cache(batch, keys, count)]
-            held = sum(tensor.nbytes for tensor in caches_in_turn[0])
-            caches_in_turn += [random_cache(batch, keys, count) for _ in range(number_of_copies(held) - 1)]
+            in_turn = random_caches(batch, keys, count)
+            held = _nbytes(in_turn[0])
             for attended, mask in masks.items():
-                time = microseconds(partial(attend_cache, q, mask, count), caches_in_turn)
+                time = microseconds(partial(attend_cache, q, mask, count), in_turn)
                 rate = held * (attended or keys) / keys / time / 1e3
                 yield AttentionTime(batch, keys, attended, time, rate, *theirs[attended], count)
 
 
-def random_cache(batch: int, keys: int, bits: int) -> tuple[Tensor, ...]:
-    """Return keys and values in bfloat16, or codes, scale and zero of each."""
+def random_caches(batch: int, keys: int, bits: int) -> list[tuple[Tensor, ...]]:
+    """Return as many caches as exceed the GPU's: keys and values in bfloat16, or codes, scale and zero of each."""
+    first = _random_cache(batch, keys, bits)
+    return [first, *(_random_cache(batch, keys, bits) for _ in range(number_of_copies(_nbytes(first)) - 1))]
+
+
+def _random_cache(batch: int, keys: int, bits: int) -> tuple[Tensor, ...]:
     shape = (batch, KEY_VALUE_HEADS, keys)
     if bits == 16:
         return tuple(torch.randn(*shape, HEAD, device="cuda", dtype=torch.bfloat16) for _ in range(2))
@@ -67,10 +71,14 @@ def random_cache(batch: int, keys: int, bits: int) -> tuple[Tensor, ...]:
     return tuple(tensors)
 
 
+def _nbytes(cache: tuple[Tensor, ...]) -> int:
+    return sum(tensor.nbytes for tensor in cache)
+
+
 def attend_cache(
     q: Tensor, mask: Tensor | None, bits: int, cache: tuple[Tensor, ...], launch: Mapping[str, Any] | None = None
 ) -> Tensor:
-    """Attend to what :func:`random_cache` made."""
+    """Attend to one of :func:`random_caches`."""
     if bits == 16:
         return attend(q, *cache, mask, SCALE, launch)
     return attend_packed(q, *cache, mask, SCALE, bits, bits, HEAD, launch)
