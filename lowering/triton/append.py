@@ -20,7 +20,7 @@ from quarot_fx.lowering.triton.language import (
     round_to,
     wait_for_inputs,
 )
-from quarot_fx.lowering.triton.rope_rotate import load_tokens
+from quarot_fx.lowering.triton.rope_rotate import embedded_halves, load_halves
 from quarot_fx.lowering.triton.rotate import PRECISIONS, load_matrix
 from quarot_fx.lowering.triton.rotation_matrices import head_matrix, power_of_two_from
 
@@ -58,6 +58,7 @@ def _append(
     stride_zero,
     SIZE: tl.constexpr,
     BLOCK: tl.constexpr,
+    HALF_BLOCK: tl.constexpr,
     GROUPS: tl.constexpr,
     GROUP_BLOCKS: tl.constexpr,
     BITS: tl.constexpr,
@@ -68,15 +69,26 @@ def _append(
     """Take TOKENS of one head; a row of BLOCK elements has GROUP_BLOCKS groups, of which GROUPS hold the head."""
     batch, head = (tl.program_id(1) // heads).to(tl.int64), (tl.program_id(1) % heads).to(tl.int64)
     token, column = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS), tl.arange(0, BLOCK)
-    rotation = load_matrix(matrix, BLOCK)
+    if cos is not None:
+        upper, lower = load_halves(matrix, SIZE, BLOCK, HALF_BLOCK)
+    else:
+        rotation = load_matrix(matrix, BLOCK)
     head_at = x + batch * stride_batch + head * stride_head
+    mask = (token < tokens)[:, None] & (column < SIZE)[None, :]
     wait_for_inputs(EARLY)
     let_dependents_start(EARLY)
-    values, mask = load_tokens(head_at, token, tokens, stride_token, cos, sin, batch * stride_angles, SIZE, BLOCK)
+    if cos is not None:
+        angles = batch * stride_angles
+        first, second = embedded_halves(head_at, token, tokens, stride_token, cos, sin, angles, SIZE, HALF_BLOCK)
+        values = dot(first, upper, PRECISION) + dot(second, lower, PRECISION)
+    else:
+        values = tl.load(head_at + token[:, None] * stride_token + column[None, :], mask=mask, other=0)
+        if matrix is not None:
+            values = dot(values, rotation, PRECISION)
     place = tl.load(position + token, mask=token < tokens, other=-1)
     is_stored = (place >= 0) & (place < capacity)
     if matrix is not None:
-        values = round_to(dot(values, rotation, PRECISION) * norm, values.dtype)
+        values = round_to(values * norm, x.dtype.element_ty)
         if values.dtype != tl.float32:
             values = keep(values)
     rows = tl.reshape(values.to(tl.float32), (TOKENS * GROUP_BLOCKS, BLOCK // GROUP_BLOCKS))
@@ -149,7 +161,8 @@ def append_rows(
     _append[(triton.cdiv(tokens, tile), batch * heads)](
         x, cos, sin, matrix, position, codes, scale, zero, y, heads, tokens, codes.shape[2], norm, clip,
         *x.stride()[:3], stride_angles, *codes.stride()[:3], *scale.stride()[:3], *zero.stride()[:3],
-        SIZE=size, BLOCK=row, GROUPS=scale.shape[-1], GROUP_BLOCKS=1 if scale.shape[-1] == 1 else row // group,
+        SIZE=size, BLOCK=row, HALF_BLOCK=power_of_two_from(size // 2),
+        GROUPS=scale.shape[-1], GROUP_BLOCKS=1 if scale.shape[-1] == 1 else row // group,
         BITS=bits, TOKENS=tile, PRECISION=PRECISIONS[x.dtype], EARLY=early, launch_pdl=early, num_warps=4,
         enable_fp_fusion=False,  # a product is rounded before it is added to another, as in the reference
     )  # fmt: skip

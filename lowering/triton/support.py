@@ -137,6 +137,8 @@ def _append(
     size = x.shape[-1]
     if any(tensor.stride(-1) != 1 for tensor in (codes, scale, zero)):
         return "the cache has gaps in its last axis"
+    if cos is not None and rotation is None:
+        return "an embedding without a rotation after it is left to the compiler of the rest"
     if group is not None and group != size and group & (group - 1):
         return f"groups of {group}: the kernel takes whole heads and powers of two"
     return _reason_against_head(size) or _reason_against_bits(bits)
