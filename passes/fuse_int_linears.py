@@ -86,7 +86,9 @@ class FuseIntLinears(Pass):
                 *operand, *packed, linear.bias, residual, node.meta["val"].dtype,
             )  # fmt: skip
         if fused is not None:
-            fused.meta[LAYERS] = (Layer(node.name, linear.parameter, weight.bits, x.scheme.bits, role),)
+            fused.meta[LAYERS] = (
+                Layer(node.name, linear.parameter, weight.bits, x.scheme.bits, role, weight.rounding),
+            )
             (addition or node).replace_all_uses_with(fused)
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import fx
 
 from quarot_fx.aliasing import argument
-from quarot_fx.attention import ATTENTION
+from quarot_fx.attention import stand_for
 from quarot_fx.graph import Inserter, module_path
 from quarot_fx.passes.base import Pass
 from quarot_fx.passes.fusion import insert_fused
@@ -60,7 +60,7 @@ class FusePackedAttention(Pass):
                     q, k.codes, k.scale, k.zero, v.codes, v.scale, v.zero, mask, scale, k.bits, v.bits, v.size,
                 )  # fmt: skip
             if fused is not None:
-                fused.meta[ATTENTION] = node.meta.get(ATTENTION, node.name)
+                stand_for(fused, node)
                 node.replace_all_uses_with(fused)
 
 

@@ -12,12 +12,14 @@ from quarot_fx.errors import CheckError, PipelineError, UnknownOptionError
 from quarot_fx.float64 import relative_difference, run_in_float64
 from quarot_fx.garbage import collected_rarely
 from quarot_fx.passes.base import Pass, pass_name
+from quarot_fx.passes.compute_once import ComputeOnce
 from quarot_fx.passes.fold_biases import FoldBiases
 from quarot_fx.passes.fold_constants import FoldConstants
 from quarot_fx.passes.fold_gains import FoldGains
 from quarot_fx.passes.fold_means import FoldMeans
 from quarot_fx.passes.fuse_appends import FuseAppends
 from quarot_fx.passes.fuse_attention import FuseAttention
+from quarot_fx.passes.fuse_gates import FuseGates
 from quarot_fx.passes.fuse_int_linears import FuseIntLinears
 from quarot_fx.passes.fuse_norms import FuseNorms
 from quarot_fx.passes.fuse_packed_attention import FusePackedAttention
@@ -53,6 +55,7 @@ DEFAULT_ORDER: tuple[type[Pass], ...] = (
     QuantizeActivations,
     QuantizeCaches,
     FuseIntLinears,
+    FuseGates,  # before products are merged: those of gate and up become one in an order of their own
     MergeIntLinears,
     FuseNorms,
     FuseRotations,
@@ -60,6 +63,7 @@ DEFAULT_ORDER: tuple[type[Pass], ...] = (
     SimplifyAttention,
     FuseAttention,
     FusePackedAttention,
+    ComputeOnce,
     FuseAppends,  # the first that makes a graph write: nothing may be moved afterwards
     LowerOps,
     FoldConstants,

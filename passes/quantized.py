@@ -16,6 +16,7 @@ from quarot_fx.ops import quantize_asymmetric, quantize_symmetric
 
 aten, quarot = torch.ops.aten, torch.ops.quarot
 QUANTIZE = {True: quantize_symmetric, False: quantize_asymmetric}  # by symmetry
+ROUNDING = "quarot_rounding"  # node.meta[ROUNDING]: how the codes that a dequantisation reads were rounded
 
 
 def insert_quantized(insert: Inserter, x: fx.Node, scheme: QuantScheme, dim: int = -1) -> fx.Node:
@@ -30,7 +31,7 @@ def insert_quantized(insert: Inserter, x: fx.Node, scheme: QuantScheme, dim: int
 
 
 def insert_packed(
-    insert: Inserter, weight: fx.Node, scheme: QuantScheme, parameter: str, dim: int
+    insert: Inserter, weight: fx.Node, scheme: QuantScheme, parameter: str, dim: int, rounding: str = "nearest"
 ) -> tuple[fx.Node, fx.Node, fx.Node | None]:
     """Insert the quantisation of a constant along one of its last two axes; ``fold-constants`` will store its results.
 
@@ -46,7 +47,9 @@ def insert_packed(
         raise GroupSizeError(option="w_group", group=scheme.group, size=size, where=parameter)
     rows = weight if dim == -1 else insert.call(aten.transpose.int, weight, dim, -1)
     clip = None if scheme.clip == "search" else float(scheme.clip)
-    parts = insert.call(quarot.quantize_weight.default, rows, scheme.bits, scheme.group, clip, scheme.symmetric)
+    parts = insert.call(
+        quarot.quantize_weight.default, rows, scheme.bits, scheme.group, clip, scheme.symmetric, rounding
+    )
 
     def part(index: int, name: str) -> fx.Node:
         node = insert.call(operator.getitem, parts, index)
@@ -81,12 +84,14 @@ class QuantizedWeight:
         codes: int8, or uint8 where there is a zero point; [..., rows, n].
         scale, zero: [..., rows, groups]; no zero point if codes are symmetric.
         bits: of a code.
+        rounding: ``"nearest"`` or ``"gptq"``.
     """
 
     codes: fx.Node
     scale: fx.Node
     zero: fx.Node | None
     bits: int
+    rounding: str
 
 
 def quantized_activation(node: fx.Node) -> QuantizedActivation | None:
@@ -111,7 +116,14 @@ def quantized_weight(node: fx.Node) -> QuantizedWeight | None:
         return None
     packed, bits, *_ = unpacked.args
     codes = packed.args[0] if packed.target is quarot.pack.default else unpacked
-    return QuantizedWeight(codes, scale, zero, bits)  # type: ignore[arg-type]
+    return QuantizedWeight(codes, scale, zero, bits, dequantized.meta.get(ROUNDING, "nearest"))  # type: ignore[arg-type]
+
+
+def quantization_of(node: fx.Node) -> fx.Node | None:
+    """Return the ``quarot::quantize_weight`` node that made the codes of a node's value, or ``None`` if none did."""
+    weight = quantized_weight(node)
+    made = argument_nodes(weight.codes)[:1] if weight is not None else []
+    return made[0] if made and made[0].target is quarot.quantize_weight.default else None
 
 
 def _dequantization_of(node: fx.Node) -> fx.Node | None:

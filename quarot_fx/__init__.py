@@ -15,11 +15,16 @@ _HOME = {
     "QuantScheme": "quarot_fx.config",
     "rewrite": "quarot_fx.inspection",
     "explain": "quarot_fx.inspection",
+    "calibrate": "quarot_fx.calibration.calibrate",
+    "GPTQOptions": "quarot_fx.calibration.options",
+    "Calibration": "quarot_fx.calibration.report",
     "Report": "quarot_fx.report",
     "Program": "quarot_fx.program",
     "RotationPlan": "quarot_fx.basis.plan",
     "Rotation": "quarot_fx.rotation",
     "Pass": "quarot_fx.passes.base",
+    "QuarotCache": "quarot_fx.cache.quarot_cache",
+    "generation_cache": "quarot_fx.cache.generation",
     "QuarotError": "quarot_fx.errors",
 }
 __all__ = [*sorted(_HOME), "__version__"]

@@ -17,7 +17,21 @@ FUSED = "aten.scaled_dot_product_attention.default"
 PRODUCTS = ("aten.matmul.default", "aten.bmm.default", "aten.baddbmm.default")
 SOFTMAX = ("aten.softmax.int", "aten._softmax.default", "aten._safe_softmax.default")
 ATTENTION = "quarot_attention"  # node.meta[ATTENTION]: the name of the attention that an op stands for
+QUANTIZED = "quarot_quantized"  # node.meta[QUANTIZED]: "key" or "value" -> how what a node reads was Quantized
 REACH = 16  # operators between the scores and the softmax (scale, cap, mask, casts), or after it, at most
+
+
+@dataclass(frozen=True)
+class Quantized:
+    """How keys or values were quantised before they are read.
+
+    Attributes:
+        bits: of a code.
+        by: ``"cache"``, the caller's, which holds codes; or ``"simulation"``, at every read.
+    """
+
+    bits: int
+    by: str
 
 
 @dataclass(frozen=True)
@@ -45,6 +59,23 @@ class Read:
     def name(self) -> str:
         """Name of the node that reads, or of the one that it stands for, as the rotation plan knows it."""
         return str(self.user.meta.get(ATTENTION, self.user.name))
+
+    @property
+    def quantized(self) -> Quantized | None:
+        """How what is read was quantised, as :meth:`note` noted it."""
+        found: Quantized | None = self.user.meta.get(QUANTIZED, {}).get(self.kind)
+        return found
+
+    def note(self, quantized: Quantized) -> None:
+        """Note how what is read was quantised."""
+        self.user.meta[QUANTIZED] = {**self.user.meta.get(QUANTIZED, {}), self.kind: quantized}
+
+
+def stand_for(fused: fx.Node, attention: fx.Node) -> None:
+    """Let a node be read as the attention that it replaces."""
+    fused.meta[ATTENTION] = attention.meta.get(ATTENTION, attention.name)
+    if QUANTIZED in attention.meta:
+        fused.meta[QUANTIZED] = attention.meta[QUANTIZED]
 
 
 def reads_codes(attention: fx.Node) -> bool:

@@ -13,7 +13,8 @@ from quarot_fx.errors import OptionError, UnknownOptionError
 UNQUANTIZED_BITS = 16
 ROTATIONS = ("hadamard", "random", "none")
 KERNELS = ("auto", "reference", "none")
-OVERRIDABLE = ("w_bits", "a_bits", "w_group", "a_group", "w_sym", "a_sym", "w_clip", "a_clip")
+ROUNDINGS = ("nearest", "gptq")
+OVERRIDABLE = ("w_bits", "a_bits", "w_group", "a_group", "w_sym", "a_sym", "w_clip", "a_clip", "w_rounding")
 SKIP: Mapping[str, Any] = {"w_bits": UNQUANTIZED_BITS, "a_bits": UNQUANTIZED_BITS}
 
 
@@ -47,6 +48,8 @@ class QuarotConfig:
         kv_group: channels of a key or value that share a scale; ``None`` is the head dimension.
         w_sym, a_sym, kv_sym: symmetric codes (True) or asymmetric with a zero point (False).
         w_clip, a_clip, kv_clip: clip ratio in (0, 1]; ``w_clip="search"`` finds the best one for every group.
+        w_rounding: of weights: ``"nearest"``, or ``"gptq"``, for which :func:`quarot_fx.calibrate` has to run first.
+            Embeddings that are quantised are always rounded to nearest: no product reads them.
         rotation: ``"hadamard"`` (randomised Hadamard matrices), ``"random"`` (random orthogonal matrices where
             weights absorb them, Hadamard where they run online) or ``"none"``.
         seed: of the random signs or matrices; the same seed gives the same weights on every machine.
@@ -82,6 +85,7 @@ class QuarotConfig:
     a_sym: bool = True
     kv_sym: bool = False
     w_clip: float | str = "search"
+    w_rounding: str = "nearest"
     a_clip: float = 0.9
     kv_clip: float = 0.95
     rotation: str = "hadamard"
@@ -106,11 +110,11 @@ class QuarotConfig:
         self._set("disabled_passes", tuple(self.disabled_passes))
         self._set("overrides", _frozen_overrides(self.overrides))
         for name in ("w_bits", "a_bits", "k_bits", "v_bits"):
-            _check_bits(name, getattr(self, name))
+            check_bits(name, getattr(self, name))
         for name in ("w_group", "a_group", "kv_group"):
-            _check_group(name, getattr(self, name))
+            check_group(name, getattr(self, name))
         for name in ("w_clip", "a_clip", "kv_clip"):
-            _check_clip(name, getattr(self, name))
+            check_clip(name, getattr(self, name))
         for name in ("w_sym", "a_sym", "kv_sym", "check", "free_originals"):
             _check_flag(name, getattr(self, name))
         if not isinstance(self.seed, int) or isinstance(self.seed, bool) or self.seed < 0:
@@ -119,6 +123,8 @@ class QuarotConfig:
             raise UnknownOptionError("rotation", str(self.rotation), ROTATIONS)
         if self.kernels not in KERNELS:
             raise UnknownOptionError("kernels", str(self.kernels), KERNELS)
+        if self.w_rounding not in ROUNDINGS:
+            raise UnknownOptionError("w_rounding", str(self.w_rounding), ROUNDINGS)
 
     def _set(self, name: str, value: Any) -> None:
         object.__setattr__(self, name, value)
@@ -192,17 +198,20 @@ def _frozen_overrides(overrides: Any) -> tuple[Any, ...]:
     return tuple(frozen)
 
 
-def _check_bits(name: str, bits: Any) -> None:
+def check_bits(name: str, bits: Any) -> None:
+    """Raise an OptionError unless an option is a number of bits."""
     if not isinstance(bits, int) or isinstance(bits, bool) or not (2 <= bits <= 8 or bits == UNQUANTIZED_BITS):
         raise OptionError(name=name, value=bits, reason=f"must be 2 to 8, or {UNQUANTIZED_BITS} to leave alone")
 
 
-def _check_group(name: str, group: Any) -> None:
+def check_group(name: str, group: Any) -> None:
+    """Raise an OptionError unless an option is the size of a group, or None."""
     if group is not None and (not isinstance(group, int) or isinstance(group, bool) or group < 1):
         raise OptionError(name=name, value=group, reason="must be a positive integer, or None for no groups")
 
 
-def _check_clip(name: str, clip: Any) -> None:
+def check_clip(name: str, clip: Any) -> None:
+    """Raise an OptionError unless an option is a clip ratio."""
     if clip == "search" and name == "w_clip":
         return
     if isinstance(clip, bool) or not isinstance(clip, int | float) or not 0 < clip <= 1:

@@ -7,16 +7,14 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import fx
 
-from quarot_fx.aliasing import argument
-from quarot_fx.attention import Read, before_repetition, reads_codes, reads_of_keys_and_values
+from quarot_fx.attention import Quantized, Read, reads_of_keys_and_values
 from quarot_fx.basis.plan import Site
 from quarot_fx.config import UNQUANTIZED_BITS, QuarotConfig
-from quarot_fx.graph import PARAMETER, Constants, argument_nodes, is_float, is_tensor, module_path, stored_tensor
+from quarot_fx.graph import PARAMETER, Constants, is_float, is_tensor, module_path, stored_tensor
 from quarot_fx.linear_like import LAYERS, Layer, linear_likes
-from quarot_fx.ops import append_dequantize
-from quarot_fx.ops.declaration import reference_of
 from quarot_fx.passes.quantized import quantized_activation, quantized_weight
 from quarot_fx.program import Program
+from quarot_fx.quantized_reads import codes_of_cache
 from quarot_fx.report import CacheRecord, LinearRecord, OtherWeight, Report
 from quarot_fx.roles import Roles
 
@@ -32,13 +30,23 @@ def cover(program: Program) -> Report:
         site = sites.get(("linear", layer.node), none)
         is_left = layer.w_bits == layer.a_bits == UNQUANTIZED_BITS
         reason = declined.get(layer.parameter, site.why) if is_left else site.why
-        linears.append(LinearRecord(layer.parameter, layer.w_bits, layer.a_bits, site.rotated, reason, layer.role))
+        linears.append(
+            LinearRecord(layer.parameter, layer.w_bits, layer.a_bits, site.rotated, reason, layer.role, layer.rounding)
+        )
     caches = []
     for read in reads_of_keys_and_values(program.graph):
         site = sites.get((read.kind, read.name), none)
-        caches.append(CacheRecord(module_path(read.user), read.kind, _cache_bits(read), site.rotated, site.why))
+        quantized = _quantized(read)
+        record = CacheRecord(module_path(read.user), read.kind, quantized.bits, site.rotated, site.why, quantized.by)
+        caches.append(record)
     others = list(_other_weights(program.graph, set(layers)))
     return Report(list(program.reports), program.plan, linears, caches, others, weight_bytes(program))
+
+
+def _quantized(read: Read) -> Quantized:
+    """Return how keys or values were quantised, also where the pass that notes it has not run."""
+    codes = codes_of_cache(read) if read.quantized is None else None
+    return read.quantized or (Quantized(codes.bits, "cache") if codes else Quantized(UNQUANTIZED_BITS, ""))
 
 
 def _layers(graph: fx.Graph) -> Iterator[tuple[fx.Node, Sequence[Layer]]]:
@@ -50,8 +58,9 @@ def _layers(graph: fx.Graph) -> Iterator[tuple[fx.Node, Sequence[Layer]]]:
             yield node, node.meta[LAYERS]
         elif node in linears:
             linear, weight = linears[node], quantized_weight(linears[node].weight)
-            w_bits = weight.bits if weight else UNQUANTIZED_BITS
-            yield node, [Layer(node.name, linear.parameter, w_bits, _activation_bits(linear.x), roles.role(linear))]
+            w_bits, rounding = (weight.bits, weight.rounding) if weight else (UNQUANTIZED_BITS, "")
+            a_bits = _activation_bits(linear.x)
+            yield node, [Layer(node.name, linear.parameter, w_bits, a_bits, roles.role(linear), rounding)]
 
 
 def _other_weights(graph: fx.Graph, layers: set[fx.Node]) -> Iterator[OtherWeight]:
@@ -81,16 +90,6 @@ def _stored(graph: fx.Graph) -> Iterator[torch.Tensor]:
     for node in graph.find_nodes(op="get_attr"):
         if is_tensor(node) and PARAMETER in node.meta:
             yield stored_tensor(node)
-
-
-def _cache_bits(read: Read) -> int:
-    """Return the bits of the keys or values that are read: as an op takes them, or as they were made."""
-    if reads_codes(read.user):
-        return int(argument(read.user, f"{read.kind[0]}_bits"))
-    user, place = before_repetition(read)
-    x = argument_nodes(user)[place]
-    is_appended = reference_of(x.target) is append_dequantize
-    return int(argument(x, "bits")) if is_appended else _activation_bits(x)
 
 
 def _activation_bits(x: fx.Node) -> int:

@@ -121,6 +121,90 @@ class OriginalsFreedError(QuarotError):
     )
 
 
+# -- the KV cache ----------------------------------------------------------------------------------
+
+
+class CacheModelError(QuarotError, ValueError):
+    """A model, or its config, that this kind of cache does not serve."""
+
+    template = "no such cache for {what}: {reason}. {remedy}"
+
+
+class CacheFullError(QuarotError, ValueError):
+    """More tokens came than a cache has room for."""
+
+    template = (
+        "{where} holds {length} of at most {capacity} tokens, and {tokens} more came. Make the cache with "
+        "max_cache_len={needed} or more, or without max_cache_len, so that it grows."
+    )
+
+
+class CacheInputError(QuarotError, ValueError):
+    """Keys or values that differ in batch, heads, size or dtype from those that a cache was made for."""
+
+    template = (
+        "{where} are {given}, and the cache was made for {made}. Use a cache of its own for each model and batch size; "
+        "beams and returned sequences count as sequences of the batch."
+    )
+
+
+class CropError(QuarotError, ValueError):
+    """Tokens that cannot be taken back from a cache."""
+
+    template = "cannot take back {tokens} tokens from {where}: {reason}."
+
+
+class OffloadError(QuarotError):
+    """A cache whose tensors have fixed addresses was to move to the CPU."""
+
+    template = (
+        "{where} cannot be offloaded: compiled graphs hold the addresses of its tensors. Make the cache without "
+        "max_cache_len."
+    )
+
+
+# -- calibration -----------------------------------------------------------------------------------
+
+
+class NotCalibratedError(QuarotError):
+    """A weight is to be rounded by calibration, and there was none for this form of it."""
+
+    template = (
+        "weight {parameter!r} is to be rounded by w_rounding={rounding!r}, and no calibration has rounded it as it is "
+        "rotated and quantised here. Call quarot_fx.calibrate(model, data, ...) with the same options before."
+    )
+
+
+class NothingToCalibrateError(QuarotError, ValueError):
+    """Calibration was asked for, and no weight of the model is rounded by it."""
+
+    template = (
+        "the model has no weight to calibrate: under these options no linear layer is quantised with "
+        "w_rounding='gptq'. quarot_fx.explain(model, inputs, ...) says why not."
+    )
+
+
+class HessianError(QuarotError, ArithmeticError):
+    """The Hessian of a weight has no Cholesky factor."""
+
+    template = (
+        "the Hessian of {parameter!r} ({size} inputs, {tokens} tokens) is not positive definite with damping="
+        "{damping:g}: {reason}. {remedy}"
+    )
+
+
+class CalibrationDataError(QuarotError, ValueError):
+    """Calibration data of a form that cannot be used."""
+
+    template = "cannot calibrate on this data: {reason}. {remedy}"
+
+
+class CalibrationStateError(QuarotError, ValueError):
+    """A folder holds the state of another calibration than the one that is to be resumed."""
+
+    template = "cannot resume the calibration in {folder!r}: {reason}. Give an empty folder, or the same arguments."
+
+
 # -- the command line ------------------------------------------------------------------------------
 
 

@@ -13,6 +13,7 @@ import torch
 from torch import fx
 from torch.fx.node import map_aggregate
 
+from quarot_fx.calibration.calibrated import calibrated_codes
 from quarot_fx.errors import NonFiniteWeightError
 from quarot_fx.graph import stored_tensor
 from quarot_fx.ops.declaration import reference_of
@@ -78,7 +79,8 @@ def _once(node: fx.Node, known: Known, compute: Callable[[], Any]) -> Any:
     if node.target is not torch.ops.quarot.quantize_weight.default:
         return compute()
     if node not in known:
-        known[node] = compute()
+        *_, rounding = node.args
+        known[node] = compute() if rounding == "nearest" else calibrated_codes(node)
     return known[node]
 
 

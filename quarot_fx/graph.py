@@ -189,10 +189,20 @@ def with_sources(*nodes: fx.Node) -> dict[fx.Node, None]:
     return found
 
 
+def leaves_of(node: fx.Node) -> Iterator[fx.Node]:
+    """Yield the stored tensors that a node depends on, in order of appearance."""
+    return (source for source in with_sources(node) if source.op == "get_attr")
+
+
 def parameters_of(node: fx.Node) -> list[str]:
     """Return the names of the parameters that a constant node depends on, in order of appearance."""
-    leaves = (source for source in with_sources(node) if source.op == "get_attr")
-    return list(dict.fromkeys(leaf.meta.get(PARAMETER, str(leaf.target)) for leaf in leaves))
+    return list(dict.fromkeys(leaf.meta.get(PARAMETER, str(leaf.target)) for leaf in leaves_of(node)))
+
+
+def main_parameter_of(node: fx.Node) -> str:
+    """Return the name of the largest parameter that a constant node depends on: a weight, not a gain folded into it."""
+    largest = max(leaves_of(node), key=lambda leaf: leaf.meta["val"].numel(), default=node)
+    return str(largest.meta.get(PARAMETER, largest.target))
 
 
 def stored_tensor(node: fx.Node) -> torch.Tensor:

@@ -61,6 +61,7 @@ class LinearRecord:
         rotated: ``"free"``, ``"online"``, ``"partly"`` or ``"no"``.
         reason: why it is rotated online, or why it is not rotated or not quantised; empty otherwise.
         role: ``"head"`` or ``"router"``, which keep their precision, or nothing.
+        rounding: of the weight, ``"nearest"`` or ``"gptq"``; empty if it is left alone.
     """
 
     parameter: str
@@ -69,6 +70,13 @@ class LinearRecord:
     rotated: str
     reason: str = ""
     role: str = ""
+    rounding: str = ""
+
+    @property
+    def bits(self) -> str:
+        """Both bits in short, and the rounding where it is not to nearest: ``W4A4``, ``W4A4 gptq``."""
+        rounding = f" {self.rounding}" if self.rounding not in ("", "nearest") else ""
+        return f"W{self.w_bits}A{self.a_bits}{rounding}"
 
     @property
     def is_quantized(self) -> bool:
@@ -78,13 +86,22 @@ class LinearRecord:
 
 @dataclass(frozen=True)
 class CacheRecord:
-    """What became of the keys or values of one attention."""
+    """What became of the keys or values of one attention.
+
+    Attributes:
+        where: the attention, in the user's model.
+        kind: ``"key"`` or ``"value"``.
+        bits: of a code; 16 if left alone.
+        rotated, reason: as of a linear layer.
+        by: ``"simulation"``, at every read; ``"cache"``, one of the caller's that holds codes; or nothing.
+    """
 
     where: str
     kind: str
     bits: int
     rotated: str
     reason: str = ""
+    by: str = ""
 
 
 @dataclass(frozen=True)
@@ -241,12 +258,17 @@ def _coverage_table(linears: list[LinearRecord], caches: list[CacheRecord]) -> A
     for column in ("what", "bits", "rotated", "count", "because"):
         table.add_column(column, justify="right" if column == "count" else "left", overflow="fold")
     rows = Counter(
-        [(_without_index(r.parameter), f"W{r.w_bits}A{r.a_bits}", r.rotated, _without_index(r.reason)) for r in linears]
-        + [(f"{r.kind}s", f"KV{r.bits}", r.rotated, _without_index(r.reason)) for r in caches]
+        [(_without_index(r.parameter), r.bits, r.rotated, _without_index(r.reason)) for r in linears]
+        + [(_cache(r), f"KV{r.bits}", r.rotated, _without_index(r.reason)) for r in caches]
     )
     for (what, bits, rotated, reason), count in rows.items():
         table.add_row(what, bits, rotated, str(count), reason)
     return table
+
+
+def _cache(record: CacheRecord) -> str:
+    by = {"simulation": ", quantised when read", "cache": ", quantised by the cache", "": ""}
+    return f"{record.kind}s{by[record.by]}"
 
 
 def _without_index(text: str) -> str:

@@ -117,7 +117,7 @@ def expression(node: fx.Node) -> Expression:
             if current.op == "get_attr":
                 leaf = stored_tensor(current)
                 if AUTHOR in current.meta and PARAMETER not in current.meta and not leaf.is_meta:
-                    made[current] = ("constant", leaf.dtype, leaf.shape, _content(leaf))
+                    made[current] = ("constant", leaf.dtype, leaf.shape, content(leaf))
                     return made[current]
                 leaves[id(leaf)] = leaf
                 made[current] = ("parameter", list(leaves).index(id(leaf)))
@@ -132,7 +132,8 @@ def expression(node: fx.Node) -> Expression:
 _CONTENTS: WeakTensorKeyDictionary = WeakTensorKeyDictionary()  # digests
 
 
-def _content(tensor: torch.Tensor) -> bytes:
+def content(tensor: torch.Tensor) -> bytes:
+    """Return a digest of a tensor's content, which is computed once."""
     if tensor not in _CONTENTS:
         plain = tensor.detach().contiguous().reshape(-1).view(torch.uint8).cpu().numpy()
         _CONTENTS[tensor] = hashlib.blake2b(plain.tobytes()).digest()

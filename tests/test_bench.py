@@ -17,7 +17,16 @@ from typer.testing import CliRunner
 
 from quarot_fx.bench import peers
 from quarot_fx.bench.models import OPTIONS, Workload, compilers, measure_layers, measure_model, one_layer, random_cache
-from quarot_fx.bench.record import AttentionTime, FusedTime, HadamardTime, MatmulTime, ModelTime, PeerTime, Record
+from quarot_fx.bench.record import (
+    AttentionTime,
+    FusedTime,
+    GatedTime,
+    HadamardTime,
+    MatmulTime,
+    ModelTime,
+    PeerTime,
+    Record,
+)
 from quarot_fx.bench.shapes import MODELS, DecoderShape, distinct_shapes
 from quarot_fx.bench.tables import speedups
 from quarot_fx.cli import app
@@ -38,6 +47,7 @@ EXAMPLE = Record(
     fused=[FusedTime("quantise", 16, 64, 1.0, 2.0, 0.5)],
     attention=[AttentionTime(2, 64, 32, 2.0, 1.0, 7.0, "a kernel"), AttentionTime(2, 64, None, 2.0, 1.0)],
     hadamard=[HadamardTime(32, 64, 16, 8.0, 1.0, 1.5, 2.0, 2.5)],
+    gated=[GatedTime(64, 32, 16, 4.0, 2.0, 6.5, 3.5, 1.5, 5.2)],
     layers=[],
     models=DECODERS,
 )
@@ -135,7 +145,7 @@ def test_a_record_is_shown_without_a_gpu(tmp_path):
     output = run("--from", tmp_path / "record.json")
     assert "absent: not installed" in output
     assert "A decode, quarot: OutOfMemoryError: too large [/for] this" in output
-    for cell in ("4.00x", "3.50x", "none takes this", "+25.0%", "1.50x", "1.00 GiB"):
+    for cell in ("4.00x", "3.50x", "none takes this", "+25.0%", "1.25x", "1.50x", "1.00 GiB"):
         assert cell in output
 
 

@@ -14,6 +14,7 @@ from quarot_fx.passes.fuse_appends import FuseAppends
 from quarot_fx.passes.fuse_attention import FuseAttention
 from quarot_fx.passes.fuse_packed_attention import FusePackedAttention
 from quarot_fx.passes.lower_ops import LowerOps
+from quarot_fx.passes.quantize_caches import QuantizeCaches
 from quarot_fx.store import WeightStore
 
 REFERENCE = QuarotConfig(kernels="reference")
@@ -314,8 +315,9 @@ def test_two_layers_take_a_prompt_and_tokens_as_before():
 def test_keys_and_values_are_reported_with_their_bits(kernels, is_empty):
     pytest.importorskip("triton")
     program, _ = layers(is_empty)
-    program = rewritten(program, *(p(QuarotConfig(kernels=kernels)) for p in (*PASSES, LowerOps)))
-    assert [(record.kind, record.bits) for record in cover(program).caches] == [("key", 4), ("value", 4)] * 2
+    program = rewritten(program, *(p(QuarotConfig(kernels=kernels)) for p in (QuantizeCaches, *PASSES, LowerOps)))
+    records = [(record.kind, record.bits, record.by) for record in cover(program).caches]
+    assert records == [("key", 4, "cache"), ("value", 4, "cache")] * 2
 
 
 @pytest.mark.parametrize("is_static", [True, False])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from importlib import import_module
 from typing import Any
 
 import pytest
@@ -72,9 +73,10 @@ def test_kernels_take_nearly_all_inputs_of_their_op(name: str) -> None:
 
 
 @pytest.mark.parametrize("symmetric", [True, False])
-def test_nan_shows_in_its_row_only(symmetric: bool) -> None:
+@pytest.mark.parametrize("count", [1, 40])
+def test_nan_shows_in_its_row_only(symmetric: bool, count: int) -> None:
     x = torch.ones(2, 40)
-    x[0, 3] = torch.nan
+    x[0, :count] = torch.nan
     quantize = DECLARATIONS["quantize_activation"].providers["triton"].implementation
     codes, scale, *_ = quantize(x.to(DEVICE), 4, None, 1.0, symmetric, torch.int8)
     lowest = 0 if symmetric else -8
@@ -82,6 +84,26 @@ def test_nan_shows_in_its_row_only(symmetric: bool) -> None:
     assert scale[1].isfinite()
     assert (codes[0] == lowest).all()
     assert (codes[1] == 7).all()
+
+
+# -- rotations ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("size", [960, 14336])  # two matrices, three matrices
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_several_programs_make_of_a_row_what_one_makes(size: int, dtype: torch.dtype, symmetric: bool) -> None:
+    from quarot_fx.lowering.triton.rotate_quantize import rotate_quantize
+
+    x, gate = torch.randn(2, 3, size, generator=torch.Generator().manual_seed(0)).to(dtype)
+    x[0, 3], x[1] = torch.nan, 0
+    arguments = on_device((x, gate, "silu", f"hadamard-{size}", 1, 4, None, 0.9, symmetric, torch.int8))
+    one, several = (
+        rotate_quantize(*arguments, launch={"ROWS": 1, "num_warps": 4, "num_stages": 1} | parts)
+        for parts in ({}, {"PART": 128})
+    )
+    for alone, together in zip(one, several, strict=True):
+        assert torch.equal(alone.nan_to_num(7), together.nan_to_num(7))
 
 
 # -- attention -------------------------------------------------------------------------------------
@@ -175,14 +197,14 @@ def test_reasons_against_appending(change: dict[str, Any], reason: str) -> None:
 
 
 @pytest.mark.parametrize("tokens", [1, 2, 3, 20, 130, 260])
-@pytest.mark.parametrize("container", [torch.int8, torch.float8_e4m3fn])
-def test_every_path_accumulates_exactly(tokens: int, container: torch.dtype) -> None:
+@pytest.mark.parametrize(("container", "bits"), [(torch.int8, 4), (torch.int8, 8), (torch.float8_e4m3fn, 4)])
+def test_every_path_accumulates_exactly(tokens: int, container: torch.dtype, bits: int) -> None:
     """With scales of 1 and results below 2^24, float32 shows each bit of the int32 sum."""
     generator = torch.Generator().manual_seed(tokens)
     codes = torch.randint(-8, 8, (tokens, 300), dtype=torch.int8, generator=generator)
     weight = torch.randint(-8, 8, (70, 300), dtype=torch.int8, generator=generator)
     operand = (codes.to(container), torch.ones(tokens, 1), None, codes.sum(-1, keepdim=True, dtype=torch.int32))
-    weights = (DECLARATIONS["pack_weight"].reference(weight, 4), torch.ones(70, 1), None, None, 4)
+    weights = (DECLARATIONS["pack_weight"].reference(weight, bits), torch.ones(70, 1), None, None, bits)
     args = on_device((*operand, *weights, None, None, torch.float32))
     provider = DECLARATIONS["int_linear"].providers["triton"]
     if (reason := provider.reason_against(*args)) is not None:
@@ -190,12 +212,12 @@ def test_every_path_accumulates_exactly(tokens: int, container: torch.dtype) -> 
     assert torch.equal(provider.implementation(*args).cpu().double(), codes.double() @ weight.double().mT)
 
 
-def test_split_products_are_the_same_in_every_run() -> None:
-    from quarot_fx.lowering.triton.int_linear import int_linear
-
-    args = on_device(inputs("int_linear")[8])
+@pytest.mark.parametrize("name", ["int_linear", "gated_int_linear"])
+def test_split_products_are_the_same_in_every_run(name: str) -> None:
+    multiply = getattr(import_module(f"quarot_fx.lowering.triton.{name}"), name)
+    args = on_device(inputs(name)[8])
     launch = {"BLOCK_N": 32, "BLOCK_M": 16, "BLOCK_K": 64, "RASTER": 8, "num_warps": 4, "num_stages": 2}
-    whole, split = int_linear(*args, launch=launch), int_linear(*args, launch={**launch, "SPLIT_K": 3})
+    whole, split = multiply(*args, launch=launch), multiply(*args, launch={**launch, "SPLIT_K": 3})
     assert torch.equal(whole, split)
 
 
@@ -232,6 +254,16 @@ def test_reasons_against_a_product(change: dict[str, Any], reason: str) -> None:
     found = DECLARATIONS["int_linear"].providers["triton"].reason_against(*on_device(tuple(args.values())))
     assert found is not None
     assert reason in found
+
+
+def test_reasons_against_a_gated_product_are_those_against_the_product() -> None:
+    *operands, _, activation = inputs("gated_int_linear")[0]
+    found = (
+        DECLARATIONS["gated_int_linear"]
+        .providers["triton"]
+        .reason_against(*on_device((*operands, torch.float64, activation)))
+    )
+    assert found == "the result is torch.float64"
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,8 @@
 
 All queries of the heads that share keys and values are the rows of one tile, so that every key and value is read once,
 and tensor cores multiply. Blocks of keys are dealt to the programs in turn, and those before the first and after the
-last one in which a mask leaves anything are not read: of a cache that is not full, each program reads its share.
+last one in which a mask leaves anything are not read: of a cache that is not full, each program reads its share. Where
+every program has one block, all are read.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from quarot_fx.lowering.triton.language import (
     codes_as_floats,
     dot,
     let_dependents_start,
+    prefetch,
     round_to,
     rounds,
     wait_for_inputs,
@@ -34,7 +36,8 @@ from quarot_fx.lowering.triton.rotation_matrices import SMALLEST_BLOCK, power_of
 
 MOST_SPLITS = 128
 COMBINED = 4096  # numbers that a program combines: 32 a thread
-SCANNED = tl.constexpr(4096)  # numbers of a mask that a program looks at together
+SCANNED = 4096  # numbers of a mask that a program looks at together, at most
+LINE_BYTES = tl.constexpr(128)  # of the cache
 PRECISION = tl.constexpr("ieee")
 LOG2_E = tl.constexpr(math.log2(math.e))
 
@@ -46,6 +49,19 @@ def _elements(SIZE: tl.constexpr, BLOCK: tl.constexpr, BITS: tl.constexpr):
     if BITS < 16:
         column = code_at(column, BITS)
     return column, column < SIZE
+
+
+@triton.jit
+def _prefetch_block(
+    tensor, start, end, stride, KEYS: tl.constexpr, SIZE: tl.constexpr, BITS: tl.constexpr, EARLY: tl.constexpr
+):
+    """Start to move keys or values of SIZE elements from ``start`` on to the L2 cache."""
+    NUMBERS: tl.constexpr = SIZE if BITS == 16 else (SIZE * BITS + 7) // 8
+    LINE: tl.constexpr = LINE_BYTES // (tensor.dtype.element_ty.primitive_bitwidth // 8)
+    LINES: tl.constexpr = triton.next_power_of_2(triton.cdiv(NUMBERS, LINE))
+    key = tl.minimum(start + tl.arange(0, KEYS), end - 1).to(tl.int64)
+    column = tl.minimum(tl.arange(0, LINES) * LINE, NUMBERS - 1)
+    prefetch(tensor + key[:, None] * stride + column[None, :], EARLY)
 
 
 @triton.jit
@@ -175,9 +191,13 @@ def _attend(
     ROWS: tl.constexpr,
     MASK_ROWS: tl.constexpr,
     KEYS: tl.constexpr,
+    ONE_BLOCK: tl.constexpr,
+    SCANNED_BLOCKS: tl.constexpr,
     EARLY: tl.constexpr,
 ):
-    """Attend to one block of keys in so many. ROWS hold the queries of a group; MASK_ROWS is 1 if they share a mask.
+    """Attend to one block of keys in so many, ONE_BLOCK in all or more.
+
+    ROWS hold the queries of a group; MASK_ROWS is 1 if they share a mask.
 
     Packed keys and values with one scale each are multiplied as integers: a score is ``scale (q.c - zero sum(q))``, and
     what is mixed ``sum(p' c) - sum(p' zero)`` of weights ``p' = p scale``, which are rounded once for both sums.
@@ -194,17 +214,19 @@ def _attend(
     v_at = v + batch * stride_v_batch + kv_head * stride_v_head
     head = kv_head * group + row // queries
     q_at = q + batch * stride_q_batch + head * stride_q_head + row % queries * stride_q
+    # Of the first block, most keys and values are there since long; what is still written, the cache keeps coherent.
+    _prefetch_block(k_at, split * KEYS, keys, stride_k, KEYS, K_SIZE, K_BITS, EARLY)
+    _prefetch_block(v_at, split * KEYS, keys, stride_v, KEYS, V_SIZE, V_BITS, EARLY)
     wait_for_inputs(EARLY)
     let_dependents_start(EARLY)
-    q_rows = tl.load(q_at[None, :] + column[:, None], mask=is_column[:, None] & is_row[None, :], other=0)
     if K_BITS < 16:
         k_scale += batch * stride_k_scale_batch + kv_head * stride_k_scale_head
         k_zero += batch * stride_k_scale_batch + kv_head * stride_k_scale_head
-        q_sum = tl.sum(q_rows.to(tl.float32), axis=0)
     if V_BITS < 16:
         v_scale += batch * stride_v_scale_batch + kv_head * stride_v_scale_head
         v_zero += batch * stride_v_scale_batch + kv_head * stride_v_scale_head
-    # Of the program's blocks, those that are read.
+    # Of the program's blocks, those that are read. One alone is, whatever a mask leaves of it: to look first would take
+    # as long as to load.
     first, last = tl.full((), 0, tl.int32), tl.cdiv(tl.cdiv(keys, KEYS) - split, splits)
     if mask is not None:
         mask_row = tl.arange(0, MASK_ROWS)
@@ -213,16 +235,19 @@ def _attend(
         mask_at = mask + batch * stride_mask_batch + mask_head * stride_mask_head
         mask_at += mask_row % queries * stride_mask_query
         IS_BOOLEAN: tl.constexpr = mask.dtype.element_ty == tl.int1
-        first, last = last, first
-        SCANNED_BLOCKS: tl.constexpr = SCANNED // (MASK_ROWS * KEYS) if MASK_ROWS * KEYS < SCANNED else 1
-        for scanned in range(rounds(tl.cdiv(first, SCANNED_BLOCKS))):
-            place = tl.arange(0, SCANNED_BLOCKS * KEYS)
-            block = scanned * SCANNED_BLOCKS + place // KEYS
-            key = (split + block * splits) * KEYS + place % KEYS
-            loaded = _load_mask(mask_at, stride_mask, key, (key < keys)[:, None] & is_mask_row)
-            is_attended = _added(loaded, IS_BOOLEAN) != float("-inf")
-            first = tl.minimum(first, tl.min(tl.where(is_attended, block[:, None], first)))
-            last = tl.maximum(last, tl.max(tl.where(is_attended, block[:, None] + 1, 0)))
+        if not ONE_BLOCK:
+            first, last = last, first
+            for scanned in range(rounds(tl.cdiv(first, SCANNED_BLOCKS))):
+                place = tl.arange(0, SCANNED_BLOCKS * KEYS)
+                block = scanned * SCANNED_BLOCKS + place // KEYS
+                key = (split + block * splits) * KEYS + place % KEYS
+                loaded = _load_mask(mask_at, stride_mask, key, (key < keys)[:, None] & is_mask_row)
+                is_attended = _added(loaded, IS_BOOLEAN) != float("-inf")
+                first = tl.minimum(first, tl.min(tl.where(is_attended, block[:, None], first)))
+                last = tl.maximum(last, tl.max(tl.where(is_attended, block[:, None] + 1, 0)))
+    q_rows = tl.load(q_at[None, :] + column[:, None], mask=is_column[:, None] & is_row[None, :], other=0)
+    if K_IS_SCALED:
+        q_sum = tl.sum(q_rows.to(tl.float32), axis=0)
     maximum = tl.full((ROWS,), float("-inf"), tl.float32)
     totals_of_keys = tl.zeros((KEYS, ROWS), tl.float32)  # added up in the end, which costs less
     mixed = tl.zeros((V_BLOCK, ROWS), tl.float32)
@@ -268,7 +293,7 @@ def _attend(
         else:
             scores = tl.where((start + tl.arange(0, KEYS) < keys)[:, None], scores, float("-inf"))
         larger = tl.maximum(maximum, tl.max(scores, axis=0))
-        # Not exp2 of scores that are scaled by log2(e): with the lowest float32 added, as some masks have it, they
+        # Differences are scaled by log2(e), not scores: with the lowest float32 added, as some masks have it, these
         # would become -inf.
         weights = _exp(scores, larger[None, :])
         shrinkage = _exp(maximum, larger)[None, :]
@@ -390,8 +415,8 @@ def attend_rows(
     """Return the attention of q [batch, heads, queries, size] to keys and values, packed or not."""
     (batch, heads, queries, _), (kv_heads, keys) = q.shape, k.numbers.shape[1:3]
     y = q.new_empty((batch, heads, queries, v.size))
-    if y.numel() == 0:
-        return y
+    if y.numel() == 0 or keys == 0:
+        return y.zero_()
     q, k, v = q if q.stride(-1) == 1 else q.contiguous(), k.in_place(), v.in_place()
     blocks = {"K_BLOCK": k.block, "V_BLOCK": v.block}
     device, group, pairs = describe(q.device), heads // kv_heads, batch * kv_heads
@@ -402,13 +427,17 @@ def attend_rows(
     launch = dict(launch)
     keys_at_once = launch.pop("KEYS")
     programs = launch.pop("PROGRAMS") * device.multiprocessors
-    splits = _splits(triton.cdiv(keys, keys_at_once), programs // pairs)
+    blocks_of_keys = triton.cdiv(keys, keys_at_once)
+    splits = _splits(blocks_of_keys, programs // pairs)
     mask_rows, mask_strides = rows, [0] * 4
     if mask is not None:
         mask = mask.expand(batch, heads, queries, keys)
         mask_strides = list(mask.stride())
         if all(n == 1 or stride == 0 for n, stride in zip(mask.shape[1:3], mask_strides[1:3], strict=True)):
             mask_rows = 1
+    each = triton.cdiv(blocks_of_keys, splits)
+    most_scanned = max(1, SCANNED // (mask_rows * keys_at_once))
+    scanned = min(most_scanned, power_of_two_from(each, smallest=1))
     partial = maxima = totals = None
     if splits > 1:
         maxima, totals = q.new_empty((2, pairs * group * queries, splits), dtype=torch.float32)
@@ -421,7 +450,8 @@ def attend_rows(
         q, k.numbers, k.scale, k.zero, v.numbers, v.scale, v.zero, mask, y, partial, maxima, totals,
         scale, kv_heads, group, queries, keys, *q.stride()[:3], *chain.from_iterable(strides), *mask_strides,
         K_SIZE=k.size, V_SIZE=v.size, **blocks, K_BITS=k.bits, V_BITS=v.bits, K_GROUP=k.group, V_GROUP=v.group,
-        ROWS=rows, MASK_ROWS=mask_rows, KEYS=keys_at_once, **early, **launch,
+        ROWS=rows, MASK_ROWS=mask_rows, KEYS=keys_at_once,
+        ONE_BLOCK=each == 1, SCANNED_BLOCKS=scanned, **early, **launch,
     )  # fmt: skip
     if splits > 1:
         combined = power_of_two_from(splits, smallest=1)

@@ -11,10 +11,13 @@ from triton import knobs
 from triton.language.extra import libdevice
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from quarot_fx.ops.interleave_rows import ROWS
+
 INTERPRETED = tl.constexpr(knobs.runtime.interpret)
 ROUND_TO_INTEGER = tl.constexpr(1.5 * 2.0**23)  # adding it leaves no bits for a fraction: rounds half to even
 ROUND_TO_INTEGER_BITS = tl.constexpr(0x4B400000)
 LARGEST = tl.constexpr(3.4028234663852886e38)  # float32
+GATE_ROWS = tl.constexpr(ROWS)  # of a weight belong to a gate, then as many to what it multiplies
 
 
 # -- packed codes ----------------------------------------------------------------------------------
@@ -264,8 +267,21 @@ def keep(x):
 
 
 @triton.jit
-def activate(x, NAME: tl.constexpr):
-    """Apply an activation of ``quarot_fx.ops.rotate_quantize.ACTIVATIONS`` to float32."""
+def _sigmoid(x, dtype: tl.constexpr):
+    """Return 1 / (1 + exp(-x)); for a result of 16 bits by one special instruction, up to 2^-12, instead of by two."""
+    if INTERPRETED or dtype == tl.float32:
+        y = _quotient(1.0, 1 + tl.exp(-x))
+    else:
+        half = tl.inline_asm_elementwise(
+            "tanh.approx.f32 $0, $1;", "=f,f", [0.5 * x], dtype=tl.float32, is_pure=True, pack=1
+        )
+        y = tl.fma(half, 0.5, 0.5)
+    return y
+
+
+@triton.jit
+def activate(x, NAME: tl.constexpr, dtype: tl.constexpr):
+    """Apply an activation of ``quarot_fx.ops.activations.ACTIVATIONS`` to float32, for a result of a dtype."""
     tl.static_assert(
         NAME == "silu"
         or NAME == "sigmoid"
@@ -277,9 +293,9 @@ def activate(x, NAME: tl.constexpr):
         "a kernel lacks this activation",
     )
     if NAME == "silu":
-        y = _quotient(x, 1 + tl.exp(-x))
+        y = x * _sigmoid(x, dtype)
     elif NAME == "sigmoid":
-        y = _quotient(1.0, 1 + tl.exp(-x))
+        y = _sigmoid(x, dtype)
     elif NAME == "relu":
         y = tl.maximum(x, 0.0)
     elif NAME == "relu_squared":
@@ -289,8 +305,23 @@ def activate(x, NAME: tl.constexpr):
     elif NAME == "gelu":
         y = 0.5 * x * (1 + tl.math.erf(x * 0.7071067811865476))
     else:
-        y = _quotient(x, 1 + tl.exp(-1.5957691216057308 * (x + 0.044715 * x * x * x)))  # 1 + tanh(u) = 2 sigmoid(2u)
+        y = x * _sigmoid(1.5957691216057308 * (x + 0.044715 * x * x * x), dtype)  # 1 + tanh(u) = 2 sigmoid(2u)
     return y
+
+
+@triton.jit
+def load_activated(x_at, gate_at, mask, ACTIVATION: tl.constexpr):
+    """Load activation(gate) * x, or activation(x) where there is no gate, rounded to the type of x."""
+    dtype: tl.constexpr = x_at.dtype.element_ty
+    values = tl.load(x_at, mask=mask, other=0)
+    if gate_at is not None:
+        gates = tl.load(gate_at, mask=mask, other=0).to(tl.float32)
+        values = round_to(activate(gates, ACTIVATION, dtype) * values.to(tl.float32), dtype)
+    elif ACTIVATION != "identity":
+        values = round_to(activate(values.to(tl.float32), ACTIVATION, dtype), dtype)
+    if (gate_at is not None or ACTIVATION != "identity") and dtype != tl.float32:
+        values = keep(values)
+    return values
 
 
 # -- loops -----------------------------------------------------------------------------------------
@@ -388,33 +419,34 @@ def _clamped(shifted, origin, lowest, highest):
 
 
 @triton.jit
-def store_quantized(values, codes_at, mask, scale, zero, sums, groups, is_group, size, clip, BITS: tl.constexpr):
-    """Quantise float32 [groups, A, B], A x B elements a group, and store codes, scale, zero point and sum of codes.
+def quantization(rows, clip, SYMMETRIC: tl.constexpr, BITS: tl.constexpr):
+    """Return the step, the zero point, and the lowest and the highest code of each group of float32 [groups, n].
 
-    ``quarot::quantize_activation`` defines the numbers, but for quotients at a tie between two codes: here they are
-    products with the scale's reciprocal. A group has ``size`` elements; masked ones must be 0, which is in any range.
+    All are float32. A group with a value that is not finite has one code only.
     """
     HIGHEST: tl.constexpr = 2.0 ** (BITS - 1) - 1
     LOWEST: tl.constexpr = -HIGHEST - 1
-    CODE_OF_NAN: tl.constexpr = 0.0 if zero is None else LOWEST
-    rows = rows_of_groups(values)
+    CODE_OF_NAN: tl.constexpr = 0.0 if SYMMETRIC else LOWEST
     largest = _largest_magnitude(rows)
     is_finite = largest < float("inf")
-    if zero is None:
+    if SYMMETRIC:
         step = divide_scalars(largest * clip, HIGHEST)
         step = tl.where(step == 0, 1.0, step)
-        origin = None
+        zeros = tl.zeros_like(step)
     else:
         low = tl.minimum(tl.min(rows, axis=1), 0.0) * clip
         high = tl.maximum(tl.max(rows, axis=1), 0.0) * clip
         step = divide_scalars(high - low, 2 * HIGHEST + 1)
-        step = tl.where(step == 0, 1.0, tl.where(is_finite, step, largest))
+        step = tl.where(is_finite, tl.where(step == 0, 1.0, step), largest)  # of NaNs only, low and high may be 0
         zeros = _round_to_code(-low, divide_scalars(1.0, step), LOWEST, LOWEST, HIGHEST) - ROUND_TO_INTEGER
         zeros = tl.where(is_finite, zeros, CODE_OF_NAN)
-        tl.store(zero + groups, zeros.to(tl.int32), mask=is_group)
-        origin = zeros[:, None, None]
-    # A group with a value that is not finite has one code only: clamping to it costs nothing.
-    lowest, highest = tl.where(is_finite, LOWEST, CODE_OF_NAN), tl.where(is_finite, HIGHEST, CODE_OF_NAN)
+    return step, zeros, tl.where(is_finite, LOWEST, CODE_OF_NAN), tl.where(is_finite, HIGHEST, CODE_OF_NAN)
+
+
+@triton.jit
+def store_codes(values, codes_at, mask, step, zeros, lowest, highest, size, SYMMETRIC: tl.constexpr):
+    """Store the codes of float32 [groups, A, B] and return sums over ``size`` elements each; the rest must be 0."""
+    origin = None if SYMMETRIC else zeros[:, None, None]
     reciprocal = divide_scalars(1.0, step)[:, None, None]
     shifted = _round_to_code(values, reciprocal, origin, lowest[:, None, None], highest[:, None, None])
     bits = shifted.to(tl.int32, bitcast=True)
@@ -423,11 +455,26 @@ def store_quantized(values, codes_at, mask, scale, zero, sums, groups, is_group,
     else:
         codes = (shifted - ROUND_TO_INTEGER).to(codes_at.dtype.element_ty)
     tl.store(codes_at, codes, mask=mask)
-    tl.store(scale + groups, step, mask=is_group)
     total = tl.sum(rows_of_groups(bits - ROUND_TO_INTEGER_BITS), axis=1)
-    if zero is not None:
+    if not SYMMETRIC:
         total -= (values.shape[1] * values.shape[2] - size) * zeros.to(tl.int32)
+    return total
+
+
+@triton.jit
+def store_quantized(values, codes_at, mask, scale, zero, sums, groups, is_group, size, clip, BITS: tl.constexpr):
+    """Quantise float32 [groups, A, B], A x B elements a group, and store codes, scale, zero point and sum of codes.
+
+    ``quarot::quantize_activation`` defines the numbers, but for quotients at a tie between two codes: here they are
+    products with the scale's reciprocal. A group has ``size`` elements; masked ones must be 0, which is in any range.
+    """
+    SYMMETRIC: tl.constexpr = zero is None
+    step, zeros, lowest, highest = quantization(rows_of_groups(values), clip, SYMMETRIC, BITS)
+    total = store_codes(values, codes_at, mask, step, zeros, lowest, highest, size, SYMMETRIC)
+    tl.store(scale + groups, step, mask=is_group)
     tl.store(sums + groups, total, mask=is_group)
+    if not SYMMETRIC:
+        tl.store(zero + groups, zeros.to(tl.int32), mask=is_group)
 
 
 @triton.jit
@@ -466,9 +513,7 @@ def _divide_rows(rows, divisors):
     if INTERPRETED:  # its fma rounds twice
         quotients = rows / divisors[:, None]
     else:
-        reciprocals = tl.minimum(divide_scalars(1.0, divisors), LARGEST)[
-            :, None
-        ]  # finite for the smallest divisors too
+        reciprocals = tl.minimum(divide_scalars(1.0, divisors), LARGEST)[:, None]  # finite for any divisor
         quotients = rows * reciprocals
         rest = tl.fma(-quotients, tl.broadcast_to(divisors[:, None], rows.shape), rows)
         quotients = tl.fma(rest, tl.broadcast_to(reciprocals, rows.shape), quotients)

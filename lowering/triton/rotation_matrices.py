@@ -52,6 +52,11 @@ class Split:
         return a, b, max(c, SMALLEST_BLOCK)
 
     @property
+    def has_middle(self) -> bool:
+        """Whether a matrix rotates the second axis, so that a row falls into parts for the other two."""
+        return bool(self.sides[1])
+
+    @property
     def elements(self) -> int:
         """Elements of the row, filled up."""
         return math.prod(self.blocks)

@@ -81,6 +81,11 @@ def _int_linear(codes: Tensor, scale: Tensor, zero: Tensor | None, *rest: Any) -
     return None
 
 
+def _gated_int_linear(*arguments: Any) -> str | None:
+    *operands, dtype, _ = arguments
+    return _int_linear(*operands, None, dtype)
+
+
 def _pack_weight(codes: Tensor, bits: int) -> str | None:
     return _reason_against_device(codes.device)
 
@@ -212,6 +217,7 @@ REASONS: dict[str, Callable[..., str | None]] = {
     "append_dequantize": _append,
     "attend": _attend,
     "attend_packed": _attend_packed,
+    "gated_int_linear": _gated_int_linear,
     "int_linear": _int_linear,
     "norm_quantize": _norm_quantize,
     "pack_weight": _pack_weight,

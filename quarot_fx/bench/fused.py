@@ -48,6 +48,7 @@ def _kernels(width: int, rows: int) -> dict[str, tuple[Callable[[Tensor], Any], 
             lambda pair: rotate_quantize(pair[0], pair[1], "silu", whole, 1, *SCHEME),
             5,
         ),
+        "Hadamard, quantise": (lambda pair: rotate_quantize(pair[0], None, "identity", whole, 1, *SCHEME), 3),
     }
     if width not in HIDDEN_WIDTHS:
         return kernels

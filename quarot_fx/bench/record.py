@@ -135,6 +135,36 @@ class HadamardTime:
 
 
 @dataclass(frozen=True)
+class GatedTime:
+    """What gating in the epilogue of a product saves: times in microseconds.
+
+    Attributes:
+        rows: of gate and up together.
+        product: gate and up.
+        quantize: silu x gate, Hadamard, quantise.
+        separate: both, one after the other.
+        gated_product: silu x gate, from one kernel.
+        gated_quantize: Hadamard, quantise.
+        gated: both, one after the other.
+    """
+
+    rows: int
+    columns: int
+    tokens: int
+    product: float
+    quantize: float
+    separate: float
+    gated_product: float
+    gated_quantize: float
+    gated: float
+
+    @property
+    def speedup(self) -> float:
+        """How many times faster the whole is when it is gated in the epilogue."""
+        return self.separate / self.gated
+
+
+@dataclass(frozen=True)
 class ModelTime:
     """Time and memory of a model with random weights, or of one of its decoder layers, in one phase.
 
@@ -174,7 +204,7 @@ class Record:
 
     Attributes:
         environment: the command, versions and the device.
-        matmul, peers, fused, attention, hadamard, layers, models: rows.
+        matmul, peers, fused, attention, hadamard, gated, layers, models: rows.
     """
 
     environment: Mapping[str, Any]
@@ -183,6 +213,7 @@ class Record:
     fused: list[FusedTime] = field(default_factory=list)
     attention: list[AttentionTime] = field(default_factory=list)
     hadamard: list[HadamardTime] = field(default_factory=list)
+    gated: list[GatedTime] = field(default_factory=list)
     layers: list[ModelTime] = field(default_factory=list)
     models: list[ModelTime] = field(default_factory=list)
 
@@ -216,6 +247,7 @@ KINDS: dict[str, type[Any]] = {
     "fused": FusedTime,
     "attention": AttentionTime,
     "hadamard": HadamardTime,
+    "gated": GatedTime,
     "layers": ModelTime,
     "models": ModelTime,
 }

@@ -8,7 +8,16 @@ from rich.console import RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from quarot_fx.bench.record import AttentionTime, FusedTime, HadamardTime, MatmulTime, ModelTime, PeerTime, Record
+from quarot_fx.bench.record import (
+    AttentionTime,
+    FusedTime,
+    GatedTime,
+    HadamardTime,
+    MatmulTime,
+    ModelTime,
+    PeerTime,
+    Record,
+)
 
 
 def tables(record: Record) -> Iterator[RenderableType]:
@@ -24,6 +33,8 @@ def tables(record: Record) -> Iterator[RenderableType]:
         yield _attention_table(record.attention)
     if record.hadamard:
         yield _hadamard_table(record.hadamard)
+    if record.gated:
+        yield _gated_table(record.gated)
     for title, times in (("one decoder layer", record.layers), ("models with random weights", record.models)):
         if times:
             yield _model_table(title, times)
@@ -92,6 +103,17 @@ def _hadamard_table(times: Sequence[HadamardTime]) -> Table:
         columns = (t.bfloat16, t.plain_quantize, t.rotated_quantize, t.plain, t.rotated)
         microseconds = (f"{value:.1f}" for value in columns)
         table.add_row(f"{t.rows} x {t.columns}", str(t.tokens), *microseconds, f"{t.cost:+.1%}")
+    return table
+
+
+def _gated_table(times: Sequence[GatedTime]) -> Table:
+    numbers = ("tokens", "gate, up µs", "to codes µs", "both µs", "gated µs", "to codes µs", "both µs", "speed-up")
+    title = "W4A4 product of gate and up, silu x gate, Hadamard, quantise: gated in the product's epilogue or after it"
+    table = _table(title, ("rows x columns",), numbers)
+    for t in times:
+        columns = (t.product, t.quantize, t.separate, t.gated_product, t.gated_quantize, t.gated)
+        microseconds = (f"{value:.1f}" for value in columns)
+        table.add_row(f"{t.rows} x {t.columns}", str(t.tokens), *microseconds, f"{t.speedup:.2f}x")
     return table
 
 

@@ -44,7 +44,7 @@ class Choice:
 def bench(
     parts: Annotated[
         list[str] | None,
-        typer.Argument(help="Any of matmul, fused, attention, hadamard, layers, models; all if none is named."),
+        typer.Argument(help="Any of matmul, fused, attention, hadamard, gated, layers, models; all if none is named."),
     ] = None,
     tokens: Annotated[str | None, typer.Option(help="Numbers separated by commas, instead of those of a part.")] = None,
     shapes: Annotated[str | None, typer.Option(help="ROWSxCOLUMNS, separated by commas, of weights.")] = None,
@@ -160,6 +160,13 @@ def _hadamard(choice: Choice) -> Rows:
     yield from (("hadamard", time) for time in times)
 
 
+def _gated(choice: Choice) -> Rows:
+    from quarot_fx.bench.gated import SHAPES, TOKENS, measure_gated
+
+    times = measure_gated(choice.shapes or SHAPES, choice.tokens or TOKENS)
+    yield from (("gated", time) for time in times)
+
+
 def _layers(choice: Choice) -> Rows:
     from quarot_fx.bench.models import measure_layers
 
@@ -179,7 +186,7 @@ def _decoders(
 ) -> Rows:
     from quarot_fx.bench.models import PHASES, TOKENS, Workload, compilers
     from quarot_fx.bench.shapes import MODELS
-    from quarot_fx.cli.models import import_extra
+    from quarot_fx.extras import import_extra
 
     import_extra("transformers", extra="models")
     phases = choice.phases or PHASES
@@ -200,6 +207,7 @@ PARTS: dict[str, Callable[[Choice], Rows]] = {
     "fused": _fused,
     "attention": _attention,
     "hadamard": _hadamard,
+    "gated": _gated,
     "layers": _layers,
     "models": _models,
 }
@@ -238,7 +246,7 @@ def _plotter(path: Path | None) -> Callable[[Record], None]:
     """Return what draws a record; made before anything is measured, since matplotlib may be missing."""
     if path is None:
         return lambda record: None
-    from quarot_fx.cli.models import import_extra
+    from quarot_fx.extras import import_extra
 
     import_extra("matplotlib", extra="bench")
     from quarot_fx.bench.plot import plot

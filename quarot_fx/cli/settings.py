@@ -1,15 +1,19 @@
-"""Settings by name: ``float``, ``rotated``, ``W4A8KV4``, ``KV4``, ``W4A4KV4 without rotation``."""
+"""Settings by name: ``float``, ``rotated``, ``W4A8KV4``, ``KV4``, ``W4A4KV4 without rotation``, ``W4A4KV4-gptq``.
+
+Options of one setting stand behind it in braces: ``W4A4KV4-gptq{w_group=64 act_order=True}``.
+"""
 
 from __future__ import annotations
 
 import ast
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Annotated, Any
 
 import typer
 
+from quarot_fx.calibration.options import GPTQOptions
 from quarot_fx.config import UNQUANTIZED_BITS, QuarotConfig
 from quarot_fx.errors import OptionError, UnknownOptionError
 
@@ -22,7 +26,10 @@ DEFAULT_SETTINGS = (
     "W4A4KV4",
     "W4A4KV4 without rotation",
 )
-_PATTERN = re.compile(r"((?:[WAKV]+\d+)+)(-norot| without rotation)?", re.IGNORECASE)
+_PATTERN = re.compile(
+    r"((?:[WAKV]+\d+)+)(?P<unrotated>-norot| without rotation)?(?P<gptq>-gptq| with gptq)?(?:\{(?P<options>[^{}]*)\})?",
+    re.IGNORECASE,
+)
 
 OptionAssignments = Annotated[
     list[str] | None,
@@ -37,22 +44,24 @@ class Setting:
     Attributes:
         name: as the user wrote it.
         options: of ``torch.compile(model, backend="quarot")``; ``None`` runs the model as it is.
+        gptq: options of GPTQ, by which weights are rounded then; ``None`` rounds them to nearest.
     """
 
     name: str
     options: Mapping[str, Any] | None
+    gptq: Mapping[str, Any] | None = None
 
 
 def parse_setting(text: str, options: Mapping[str, Any] | None = None) -> Setting:
-    """Read a setting: letters and their bits, 16 for letters not named, and perhaps ``-norot``.
+    """Read a setting: letters and their bits, 16 for letters not named, perhaps ``-norot`` and ``-gptq``, and options.
 
     Args:
-        text: such as ``W4A8KV4``, ``KV4``, ``W4A4KV4-norot``, ``rotated`` (all 16) or ``float``.
-        options: added to the setting's, except to those of ``float``.
+        text: such as ``W4A8KV4``, ``KV4``, ``W4A4KV4-norot``, ``W4A4KV4-gptq``, ``rotated`` (all 16) or ``float``.
+        options: of the backend, for every setting but ``float``; those in braces overrule them.
 
     Raises:
-        UnknownOptionError: the text is no setting; the nearest one is suggested.
-        OptionError: a number of bits is out of range.
+        UnknownOptionError: the text is no setting, or an option in braces is none; the nearest one is suggested.
+        OptionError: a number of bits, or the value of an option, is out of range.
     """
     name = text.strip()
     if name == "float":
@@ -63,10 +72,19 @@ def parse_setting(text: str, options: Mapping[str, Any] | None = None) -> Settin
     bits = dict.fromkeys(("w_bits", "a_bits", "k_bits", "v_bits"), UNQUANTIZED_BITS)
     for tensors, width in re.findall(r"(\D+)(\d+)", match[1]):
         bits |= {f"{tensor.lower()}_bits": int(width) for tensor in tensors}
-    rotation = {"rotation": "none"} if match[2] else {}
-    setting = Setting(name, {**bits, **rotation, **(options or {})})
+    own = parse_assignments((match["options"] or "").split())
+    of_gptq = {option: own.pop(option) for option in list(own) if match["gptq"] and option in _GPTQ_OPTIONS}
+    rotation = {"rotation": "none"} if match["unrotated"] else {}
+    rounding = {"w_rounding": "gptq"} if match["gptq"] else {}
+    setting = Setting(
+        name, {**bits, **rotation, **rounding, **(options or {}), **own}, of_gptq if match["gptq"] else None
+    )
     QuarotConfig.from_options(setting.options)
+    GPTQOptions.from_options(setting.gptq)
     return setting
+
+
+_GPTQ_OPTIONS = {field.name for field in fields(GPTQOptions)}
 
 
 def parse_options(assignments: Iterable[str]) -> dict[str, Any]:
@@ -78,6 +96,18 @@ def parse_options(assignments: Iterable[str]) -> dict[str, Any]:
     """
     options = parse_assignments(assignments)
     QuarotConfig.from_options(options)
+    return options
+
+
+def parse_gptq_options(assignments: Iterable[str]) -> dict[str, Any]:
+    """Read ``NAME=VALUE`` texts as options of GPTQ.
+
+    Raises:
+        OptionError: a text has no ``=``.
+        UnknownOptionError: a name is not a field of :class:`GPTQOptions`.
+    """
+    options = parse_assignments(assignments)
+    GPTQOptions.from_options(options)
     return options
 
 

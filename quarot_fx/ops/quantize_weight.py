@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from quarot_fx.errors import NotCalibratedError
 from quarot_fx.ops.affine import asymmetric_scale, encode, symmetric_scale
 from quarot_fx.ops.clip_search import search_clip
 from quarot_fx.ops.declaration import OpDeclaration, declare
@@ -17,12 +18,17 @@ from quarot_fx.ops.quantize_symmetric import quantize_symmetric
 Codes = tuple[Tensor, Tensor, Tensor]
 
 
-def _reference(weight: Tensor, bits: int, group: int | None, clip: float | None, symmetric: bool) -> Codes:
+def _reference(
+    weight: Tensor, bits: int, group: int | None, clip: float | None, symmetric: bool, rounding: str = "nearest"
+) -> Codes:
     """Return codes [..., n], float32 scale and zero point [..., n / group] of a weight [..., n], rounded to nearest.
 
     Codes are int8 with no zero points, an empty tensor, or uint8 with zero points in uint8. All is computed in float32.
-    ``clip=None`` finds the best ratio for every group.
+    ``clip=None`` finds the best ratio for every group. Any other rounding follows from more than the weight: its codes
+    are looked up where calibration left them, see ``quarot_fx.calibration.calibrated``.
     """
+    if rounding != "nearest":
+        raise NotCalibratedError(parameter="of this op", rounding=rounding)
     weight = weight.detach().float()
     ratio = search_clip(weight, bits, group, symmetric) if clip is None else clip
     if symmetric:
@@ -37,7 +43,9 @@ def _no_zero(weight: Tensor) -> Tensor:
     return weight.new_empty(0, dtype=torch.uint8)
 
 
-def _fake(weight: Tensor, bits: int, group: int | None, clip: float | None, symmetric: bool) -> Codes:
+def _fake(
+    weight: Tensor, bits: int, group: int | None, clip: float | None, symmetric: bool, rounding: str = "nearest"
+) -> Codes:
     quantize = quantize_symmetric if symmetric else quantize_asymmetric
     codes, scale, *zero = quantize(weight.float(), bits, group)
     return codes, scale, zero[0] if zero else _no_zero(weight)
@@ -56,8 +64,8 @@ def _inputs(generator: torch.Generator) -> Iterator[tuple[Any, ...]]:
 
 quantize_weight = declare(
     OpDeclaration(
-        schema="quantize_weight(Tensor weight, int bits, int? group, float? clip, bool symmetric)"
-        " -> (Tensor codes, Tensor scale, Tensor zero)",
+        schema="quantize_weight(Tensor weight, int bits, int? group, float? clip, bool symmetric,"
+        " str rounding='nearest') -> (Tensor codes, Tensor scale, Tensor zero)",
         reference=_reference,
         fake=_fake,
         inputs=_inputs,

@@ -1,0 +1,212 @@
+"""GPTQ: columns are rounded one after another, and those to come make up for the errors so far (Frantar et al. 2022).
+
+With ``U^T U = H^-1``, U upper triangular, the best that the columns after i can do about an error e of column i is
+to change by ``-(e / U_ii) U_i,later``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from quarot_fx.calibration.hessian import Hessian, damped, inverse_factor, upper_factor
+from quarot_fx.calibration.options import GPTQOptions
+from quarot_fx.config import QuantScheme
+from quarot_fx.errors import HessianError
+from quarot_fx.ops.affine import asymmetric_scale, decode, encode, group_count, split_groups, symmetric_scale
+from quarot_fx.ops.clip_search import search_clip
+
+
+@dataclass(frozen=True)
+class Rounded:
+    """What GPTQ makes of a matrix.
+
+    Attributes:
+        codes: int8 [rows, n], or uint8 where there are zero points.
+        scale, zero: [rows, groups]; no zero points if the scheme is symmetric.
+        damping: that the Hessian was given.
+        outputs: [rows]: the square of each output, summed over calibration data (and by 2/n).
+        changes: [rows]: likewise of its change by rounding.
+        nearest_changes: [rows]: likewise of its change by rounding to nearest at the same scales.
+    """
+
+    codes: Tensor
+    scale: Tensor
+    zero: Tensor | None
+    damping: float
+    outputs: Tensor
+    changes: Tensor
+    nearest_changes: Tensor
+
+    @property
+    def error(self) -> float:
+        """The norm of the change of the outputs by the norm of the outputs."""
+        return _relative(self.changes, self.outputs)
+
+    @property
+    def nearest_error(self) -> float:
+        """The same of rounding to nearest at the same scales."""
+        return _relative(self.nearest_changes, self.outputs)
+
+    def split(self, sizes: list[int]) -> Iterator[Rounded]:
+        """Cut the rows into parts."""
+        fields = (self.codes, self.scale, self.zero, self.outputs, self.changes, self.nearest_changes)
+        parts = [[None] * len(sizes) if field is None else field.split(sizes) for field in fields]
+        for codes, scale, zero, *sums in zip(*parts, strict=True):
+            yield Rounded(codes, scale, zero, self.damping, *sums)
+
+
+@torch.no_grad()
+def gptq_round(
+    weight: Tensor, hessian: Hessian, scheme: QuantScheme, options: GPTQOptions, name: str = "weight"
+) -> Rounded:
+    """Round a matrix so that ``tr((W - W') H (W - W')^T)`` is small.
+
+    An input that was 0 in all rows has its weights set to 0, as in GPTQ. Without any rows the matrix is rounded to
+    nearest.
+
+    Args:
+        weight: [rows, n], float32 or float64: the dtype that all is computed in, but for factorisations, in float64.
+        hessian: of the n inputs.
+        scheme: bits, group, symmetry and clip ratio.
+        options: of GPTQ.
+        name: of the weight, for messages.
+
+    Raises:
+        HessianError: the Hessian is not positive definite with the damping allowed.
+    """
+    matrix = hessian.matrix
+    dead = matrix.diagonal() == 0
+    if hessian.rows:
+        weight = torch.where(dead, 0, weight)
+    matrix.diagonal().masked_fill_(dead, 1)
+    order = matrix.diagonal().argsort(descending=True, stable=True) if options.act_order else None
+    if order is not None:
+        matrix = matrix[order][:, order]
+    factor, damping = _factor(matrix, hessian.rows, options, name)
+    if hessian.shifts is not None:
+        weight = _towards_target(weight, hessian.shifts, factor, order)
+    codes, scale, zero = _round_columns(weight, inverse_factor(factor).to(weight.dtype), scheme, options, order)
+    nearest = encode(weight, scale, zero, scheme.bits)
+    changes = (weight - decode(one, scale, zero, weight.dtype) for one in (codes, nearest))
+    sums = [_squares(one, hessian.matrix) for one in (weight, *changes)]
+    return Rounded(codes, scale, zero, damping, *sums)
+
+
+def _factor(matrix: Tensor, rows: int, options: GPTQOptions, name: str) -> tuple[Tensor, float]:
+    """Return the upper factor of the damped Hessian, and the damping that it took."""
+    damping = options.damping
+    while True:
+        factor = upper_factor(damped(matrix, damping))
+        if factor is not None:
+            return factor, damping
+        larger = 10 * damping or 1e-4
+        if options.max_damping is None or larger > options.max_damping:
+            break
+        damping = larger
+    finite = bool(matrix.isfinite().all())
+    raise HessianError(
+        parameter=name,
+        size=len(matrix),
+        tokens=rows,
+        damping=damping,
+        reason="some inputs are linear combinations of others" if finite else "its inputs overflow, or are not numbers",
+        remedy="Give more calibration data, raise damping, or give max_damping, up to which it is raised where needed."
+        if finite
+        else "Calibrate a model in bfloat16 or float32, whose outputs are finite.",
+    )
+
+
+def _towards_target(weight: Tensor, shifts: Tensor, factor: Tensor, order: Tensor | None) -> Tensor:
+    """Return the weight that comes closest, on the inputs that there are, to what the given one makes of the inputs
+    that should have been: ``W + W D H^-1``, the solution of a ridge regression towards W.
+    """
+    change = weight.double() @ shifts
+    if order is not None:
+        change = change[:, order]
+    # H = R R^T: two triangular solves from the right.
+    change = torch.linalg.solve_triangular(factor.T, change, upper=False, left=False)
+    change = torch.linalg.solve_triangular(factor, change, upper=True, left=False)
+    if order is not None:
+        change = change[:, order.argsort()]
+    return weight + change.to(weight.dtype)
+
+
+def _round_columns(
+    weight: Tensor, inverse: Tensor, scheme: QuantScheme, options: GPTQOptions, order: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Return codes [rows, n], scale and zero point [rows, groups].
+
+    Args:
+        weight: [rows, n].
+        inverse: U, for the columns in the order in which they are rounded.
+        scheme: of the codes.
+        options: of GPTQ.
+        order: place in the order -> column; ``None`` is from left to right.
+    """
+    size, count = weight.shape[1], group_count(weight, scheme.group)
+    places = torch.arange(size, device=weight.device) if order is None else order
+    groups = (places // (size // count)).tolist()  # of each column, in the order of rounding
+    columns = weight.T[places].contiguous()
+    scales = _Scales(weight, scheme, count)
+    if count == 1 or options.group_scales == "static":
+        scales.find(range(count), weight)
+    codes = torch.empty_like(columns, dtype=torch.int8 if scheme.symmetric else torch.uint8)
+    for start in range(0, size, options.block_size):
+        stop = min(start + options.block_size, size)
+        if new := [group for group in dict.fromkeys(groups[start:stop]) if group not in scales.known]:
+            now = torch.empty_like(columns)
+            now[places] = columns
+            scales.find(new, now.T)
+        block, own = columns[start:stop], inverse[start:stop, start:stop]
+        errors = torch.empty_like(block)
+        for i, diagonal in enumerate(own.diagonal().tolist()):
+            column = block[i][:, None]
+            scale, zero = scales.of(groups[start + i])
+            code = encode(column, scale, zero, scheme.bits)
+            codes[start + i] = code[:, 0]
+            errors[i] = (column - decode(code, scale, zero, column.dtype))[:, 0] / diagonal
+            block[i + 1 :].addr_(own[i, i + 1 :], errors[i], alpha=-1)
+        columns[stop:].addmm_(inverse[start:stop, stop:].T, errors, alpha=-1)
+    in_place = torch.empty_like(codes)
+    in_place[places] = codes
+    return in_place.T.contiguous(), scales.scale, scales.zero
+
+
+class _Scales:
+    """Scales and zero points [rows, groups], some of them known."""
+
+    def __init__(self, weight: Tensor, scheme: QuantScheme, count: int) -> None:
+        self.known: set[int] = set()
+        self.scale = weight.new_empty(len(weight), count)
+        self.zero = None if scheme.symmetric else weight.new_empty(len(weight), count, dtype=torch.uint8)
+        self._scheme = scheme
+
+    def find(self, groups: list[int] | range, weight: Tensor) -> None:
+        """Find those of some groups, from a matrix."""
+        scheme, chosen = self._scheme, list(groups)
+        part = split_groups(weight, self.scale.shape[1])[:, chosen].flatten(1)
+        group = part.shape[1] // len(chosen)
+        clip = search_clip(part, scheme.bits, group, scheme.symmetric) if scheme.clip == "search" else scheme.clip
+        if self.zero is None:
+            self.scale[:, chosen] = symmetric_scale(part, scheme.bits, group, clip)  # type: ignore[arg-type]
+        else:
+            found = asymmetric_scale(part, scheme.bits, group, clip)  # type: ignore[arg-type]
+            self.scale[:, chosen], self.zero[:, chosen] = found
+        self.known.update(chosen)
+
+    def of(self, group: int) -> tuple[Tensor, Tensor | None]:
+        """Return those of one group, [rows, 1]."""
+        return self.scale[:, group : group + 1], None if self.zero is None else self.zero[:, group : group + 1]
+
+
+def _squares(weight: Tensor, hessian: Tensor) -> Tensor:
+    """Return the diagonal of ``W H W^T``: the squares of what each row of a matrix makes of the inputs, summed."""
+    return ((weight @ hessian.to(weight.dtype)) * weight).sum(-1)
+
+
+def _relative(change: Tensor, whole: Tensor) -> float:
+    return float((change.sum() / whole.sum().clamp_min(torch.finfo(whole.dtype).tiny)).clamp_min(0).sqrt())

@@ -1,0 +1,78 @@
+"""The options of GPTQ, as one frozen dataclass. Defaults are the papers' settings."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any
+
+from quarot_fx.errors import OptionError, UnknownOptionError
+
+GROUP_SCALES = ("dynamic", "static")
+TARGETS = ("layer", "model")
+
+
+@dataclass(frozen=True)
+class GPTQOptions:
+    """How weights are rounded by GPTQ.
+
+    Attributes:
+        block_size: columns whose errors are passed on to all later columns at once. Changes speed, not results, except
+            with dynamic scales of groups.
+        damping: what is added to the Hessian's diagonal, as a fraction of its mean.
+        max_damping: damping is multiplied by 10, up to this, where a Hessian needs more of it; ``None`` makes that an
+            error.
+        act_order: columns whose inputs are largest are rounded first.
+        group_scales: of groups, where ``w_group`` asks for these: ``"dynamic"``, found when the first column of the
+            group is reached, from weights that make up for the errors of all blocks before; or ``"static"``, from the
+            weight as it was.
+        quantized_inputs: Hessians of activations, keys and values that are quantised as they will be at run time.
+        target: what a layer is to compute: ``"layer"``, what its float weight makes of the inputs that reach it; or
+            ``"model"``, what it computes in the float model, so that it also makes up for the errors of the layers
+            before (GPTAQ, Li et al. 2025; Qronos, Zhang et al. 2025). The latter runs both models side by side.
+            Experts are always fitted to ``"layer"``: each of the two models sends them tokens of its own choice.
+
+    Raises:
+        OptionError: a value is out of range.
+        UnknownOptionError: a choice that there is not.
+    """
+
+    block_size: int = 128
+    damping: float = 0.01
+    max_damping: float | None = None
+    act_order: bool = False
+    group_scales: str = "dynamic"
+    quantized_inputs: bool = False
+    target: str = "layer"
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.block_size, int) or isinstance(self.block_size, bool) or self.block_size < 1:
+            raise OptionError(name="block_size", value=self.block_size, reason="must be a positive integer")
+        for name in ("damping", "max_damping"):
+            _check_damping(name, getattr(self, name))
+        for name in ("act_order", "quantized_inputs"):
+            if not isinstance(getattr(self, name), bool):
+                raise OptionError(name=name, value=getattr(self, name), reason="must be True or False")
+        for name, known in (("group_scales", GROUP_SCALES), ("target", TARGETS)):
+            if getattr(self, name) not in known:
+                raise UnknownOptionError(name, str(getattr(self, name)), known)
+
+    @classmethod
+    def from_options(cls, options: Mapping[str, Any] | None) -> GPTQOptions:
+        """Build options from a mapping.
+
+        Raises:
+            UnknownOptionError: a name is not an option; the nearest one is suggested.
+        """
+        known = {field.name for field in fields(cls)}
+        for name in options or {}:
+            if name not in known:
+                raise UnknownOptionError("option of GPTQ", str(name), known)
+        return cls(**(options or {}))
+
+
+def _check_damping(name: str, damping: Any) -> None:
+    if name == "max_damping" and damping is None:
+        return
+    if isinstance(damping, bool) or not isinstance(damping, int | float) or not 0 <= damping < float("inf"):
+        raise OptionError(name=name, value=damping, reason="must be a finite number, 0 or more")

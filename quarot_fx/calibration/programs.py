@@ -1,0 +1,75 @@
+"""The model to calibrate as programs: rotated, and with weights quantised besides."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, fx
+
+from quarot_fx.calibration.options import GPTQOptions
+from quarot_fx.capture import INPUT
+from quarot_fx.config import QuarotConfig
+from quarot_fx.errors import CalibrationDataError
+from quarot_fx.inspection import capture_one_graph
+from quarot_fx.passes.pipeline import build_pipeline, run_pipeline
+from quarot_fx.passes.quantize_activations import QuantizeActivations
+from quarot_fx.passes.quantize_caches import QuantizeCaches
+from quarot_fx.passes.quantize_embeddings import QuantizeEmbeddings
+from quarot_fx.passes.quantize_weights import QuantizeWeights
+from quarot_fx.program import Program
+from quarot_fx.store import SHARED
+
+AT_RUN_TIME = (QuantizeActivations, QuantizeCaches)
+QUANTIZING = (QuantizeWeights, QuantizeEmbeddings, *AT_RUN_TIME)
+
+
+@dataclass(frozen=True)
+class Programs:
+    """One model twice; nodes of the rotated program have the same names in the other one.
+
+    Attributes:
+        rotated: in rotated bases, nothing quantised.
+        quantized: with weights as codes that are still to be found, and perhaps with activations and caches quantised.
+        tokens: place of the token ids among the arguments.
+        arguments: by place; the inputs that are not token ids are the same for all sequences.
+    """
+
+    rotated: Program
+    quantized: Program
+    tokens: int
+    arguments: tuple[Any, ...]
+
+    def inputs(self, program: Program) -> Mapping[fx.Node, Any]:
+        """Return the values of a program's placeholders, token ids included."""
+        return {node: self.arguments[node.meta[INPUT]] for node in program.graph.find_nodes(op="placeholder")}
+
+    def token_input(self, program: Program) -> fx.Node:
+        """Return a program's placeholder of token ids."""
+        placeholders = program.graph.find_nodes(op="placeholder")
+        return next(node for node in placeholders if node.meta[INPUT] == self.tokens)
+
+
+def capture_programs(
+    model: Callable[..., Any], example: Tensor, config: QuarotConfig, options: GPTQOptions
+) -> Programs:
+    """Capture a model on token ids [1, length], and rewrite it as the backend does, up to its quantisation.
+
+    Raises:
+        CalibrationDataError: the model does not read the token ids.
+        NotOneGraphError, UnboundParameterError: as :func:`quarot_fx.rewrite`.
+    """
+    captured, arguments = capture_one_graph(model, example)
+    captured.check_has_data(arguments)
+    tokens = next((place for place, argument in enumerate(arguments) if argument is example), None)
+    if tokens is None:
+        remedy = "Give a model whose forward takes token ids first."
+        raise CalibrationDataError(reason="the model's graph does not read the token ids", remedy=remedy)
+    passes = build_pipeline(config)
+    places = [place for place, one in enumerate(passes) if isinstance(one, QUANTIZING)] or [len(passes)]
+    quantizing = passes[places[0] : places[-1] + 1]
+    if not options.quantized_inputs:
+        quantizing = [one for one in quantizing if not isinstance(one, AT_RUN_TIME)]
+    rotated = run_pipeline(captured.bind(arguments, SHARED), passes[: places[0]])
+    return Programs(rotated, run_pipeline(rotated, quantizing), tokens, tuple(arguments))
