@@ -27,6 +27,8 @@ class LowerOps(Pass):
         "fuse-rotations",
         "fuse-ropes",
         "fuse-attention",
+        "fuse-packed-attention",
+        "fuse-appends",
     )
     tolerance: ClassVar[float | None] = None  # kernels compute in float32 at most
 

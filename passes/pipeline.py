@@ -17,10 +17,12 @@ from quarot_fx.passes.fold_biases import FoldBiases
 from quarot_fx.passes.fold_constants import FoldConstants
 from quarot_fx.passes.fold_gains import FoldGains
 from quarot_fx.passes.fold_means import FoldMeans
+from quarot_fx.passes.fuse_appends import FuseAppends
 from quarot_fx.passes.fuse_attention import FuseAttention
 from quarot_fx.passes.fuse_gates import FuseGates
 from quarot_fx.passes.fuse_int_linears import FuseIntLinears
 from quarot_fx.passes.fuse_norms import FuseNorms
+from quarot_fx.passes.fuse_packed_attention import FusePackedAttention
 from quarot_fx.passes.fuse_ropes import FuseRopes
 from quarot_fx.passes.fuse_rotations import FuseRotations
 from quarot_fx.passes.lower_ops import LowerOps
@@ -60,7 +62,9 @@ DEFAULT_ORDER: tuple[type[Pass], ...] = (
     FuseRopes,
     SimplifyAttention,
     FuseAttention,
+    FusePackedAttention,
     ComputeOnce,
+    FuseAppends,  # the first that makes a graph write: nothing may be moved afterwards
     LowerOps,
     FoldConstants,
 )

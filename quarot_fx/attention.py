@@ -9,6 +9,8 @@ import torch
 from torch import fx
 
 from quarot_fx.graph import Constants, argument_nodes, is_tensor
+from quarot_fx.ops import attend_packed
+from quarot_fx.ops.declaration import reference_of
 
 aten = torch.ops.aten
 FUSED = "aten.scaled_dot_product_attention.default"
@@ -76,13 +78,18 @@ def stand_for(fused: fx.Node, attention: fx.Node) -> None:
         fused.meta[QUANTIZED] = attention.meta[QUANTIZED]
 
 
+def reads_codes(attention: fx.Node) -> bool:
+    """Whether an attention takes codes, scale and zero point of keys, and then of values."""
+    return bool(reference_of(attention.target) is attend_packed)
+
+
 def reads_of_keys_and_values(graph: fx.Graph) -> Iterator[Read]:
     """Yield the reads of keys and values of every attention: fused, or a softmax between two products."""
     constants = Constants(graph)
     for node in graph.nodes:
         if str(node.target) == FUSED or ATTENTION in node.meta:
             yield Read("key", node, 1, -1)
-            yield Read("value", node, 2, -1)
+            yield Read("value", node, 4 if reads_codes(node) else 2, -1)
         elif str(node.target) in SOFTMAX:
             scores = _back_to_product(node, constants)
             mix = _on_to_product(node, constants)

@@ -12,6 +12,7 @@ from torch.testing import FileCheck
 
 from quarot_fx.float64 import relative_difference, run_in_float64
 from quarot_fx.inspection import capture_one_graph
+from quarot_fx.ops import OpDeclaration
 from quarot_fx.passes.base import Pass
 from quarot_fx.program import Program
 from quarot_fx.report import PassReport
@@ -108,6 +109,14 @@ def reasons(report: PassReport) -> list[str]:
 def node_named(program: Program, operator: str, index: int = 0) -> fx.Node:
     """Return one call of an operator."""
     return [node for node in program.graph.nodes if str(node.target) == operator][index]
+
+
+def outcome(declaration: OpDeclaration, function: Any, args: Sequence[Any]) -> tuple[Tensor, ...]:
+    """Return what an op, or a function in its place, returns and what it writes; the arguments stay as they are."""
+    args = [arg.clone() if place in declaration.written else arg for place, arg in enumerate(args)]
+    returned = function(*args)
+    returned = () if returned is None else (returned,) if isinstance(returned, Tensor) else tuple(returned)
+    return *returned, *(args[place] for place in declaration.written)
 
 
 # -- modules ---------------------------------------------------------------------------------------

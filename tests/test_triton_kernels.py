@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from graphs import outcome
 
 from quarot_fx.ops import DECLARATIONS, OpDeclaration
 
@@ -60,9 +61,8 @@ def test_kernel_agrees_with_the_reference(name: str, index: int) -> None:
     provider, arguments = declaration.providers["triton"], on_device(args)
     if (reason := provider.reason_against(*arguments)) is not None:
         pytest.skip(reason)
-    actual, expected = provider.implementation(*arguments), declaration.reference(*args)
-    if isinstance(expected, torch.Tensor):
-        actual, expected = (actual,), (expected,)
+    actual = outcome(declaration, provider.implementation, arguments)
+    expected = outcome(declaration, declaration.reference, args)
     for made, wanted in zip(actual, expected, strict=True):
         check_agrees(declaration, made, wanted, codes=expected[0].numel())
 
@@ -145,6 +145,59 @@ def test_keys_and_values_that_a_mask_hides_are_not_read(is_boolean: bool) -> Non
     torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
 
 
+# -- appending to a cache --------------------------------------------------------------------------
+
+
+def appended(x: torch.Tensor, bits: int, group: int | None, clip: float) -> list[tuple[torch.Tensor, ...]]:
+    """Return codes, scales and zero points of x, as the kernel and as the reference store them."""
+    declaration = DECLARATIONS["append"]
+    codes, scale, zero = DECLARATIONS["quantize_asymmetric"].reference(x, bits, group, clip)
+    rows = (DECLARATIONS["pack"].reference(codes, bits), scale, zero)
+    args = (*map(torch.zeros_like, rows), x, torch.arange(x.shape[2]), None, None, None, bits, group, clip)
+    kernel = outcome(declaration, declaration.providers["triton"].implementation, on_device(args))
+    return [tuple(tensor.cpu() for tensor in kernel), rows]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("bits", [2, 4, 8])
+def test_codes_are_exact_where_nothing_is_rotated(bits: int, dtype: torch.dtype) -> None:
+    x = torch.randn(1, 8, 100, 64, generator=torch.Generator().manual_seed(bits))
+    x *= 2.0 ** torch.randint(-20, 20, (1, 8, 100, 1), generator=torch.Generator().manual_seed(1)) / 100
+    x[0, 0] = (torch.arange(64) - 31.5) / 2  # halves of a step, at ties
+    for group, clip in ((None, 1.0), (16, 0.95)):
+        kernel, reference = appended(x.to(dtype), bits, group, clip)
+        for actual, expected in zip(kernel, reference, strict=True):
+            assert torch.equal(actual, expected)
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+def test_what_is_not_finite_shows_in_its_group_only(value: float) -> None:
+    x = torch.randn(1, 2, 3, 32, generator=torch.Generator().manual_seed(0))
+    x[0, 1, 2, 20] = value
+    for (codes, scale, zero), (expected_codes, expected_scale, expected_zero) in [appended(x, 4, 16, 0.95)]:
+        assert torch.equal(codes, expected_codes)
+        assert torch.equal(zero, expected_zero)
+        torch.testing.assert_close(scale, expected_scale, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"bits": 3}, "codes of 3 bits have no kernel"),
+        ({"group": 48}, "groups of 48"),
+        ({"x": torch.zeros(1, 2, 3, 96, dtype=torch.float64)}, "the activation is torch.float64"),
+        ({"codes": torch.zeros(1, 2, 96, 9, dtype=torch.uint8).transpose(2, 3)}, "gaps in its last axis"),
+    ],
+)
+def test_reasons_against_appending(change: dict[str, Any], reason: str) -> None:
+    codes, scale = torch.zeros(1, 2, 9, 48, dtype=torch.uint8), torch.zeros(1, 2, 9, 1)
+    args = {"codes": codes, "scale": scale, "zero": scale.byte(), "x": torch.zeros(1, 2, 3, 96), "position": None,
+            "cos": None, "sin": None, "rotation": None, "bits": 4, "group": None, "clip": 1.0} | change  # fmt: skip
+    found = DECLARATIONS["append"].providers["triton"].reason_against(*on_device(tuple(args.values())))
+    assert found is not None
+    assert reason in found
+
+
 # -- choice of launch parameters -------------------------------------------------------------------
 
 
@@ -181,7 +234,7 @@ def test_every_gpu_has_launch_parameters_that_fit_it(
     capability: tuple[int, int], kibibytes: int, is_hopper_like: bool
 ) -> None:
     found = tiles.table(Device(capability, kibibytes * 1024, multiprocessors=132))
-    for kernel in ("attend", "int_gemv", "int_matmul", "int_matmul_float8", "rotate_quantize"):
+    for kernel in ("attend", "attend_packed", "int_gemv", "int_matmul", "int_matmul_float8", "rotate_quantize"):
         assert found[kernel]
     assert (len(found["int_matmul"]) > 10) == is_hopper_like
 
@@ -221,7 +274,7 @@ def test_reasons_against_a_gated_product_are_those_against_the_product() -> None
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
-        ({"q": torch.zeros(2, 4, 3, 64, dtype=torch.float64)}, "queries, keys and values are torch.float64"),
+        ({"q": torch.zeros(2, 4, 3, 64, dtype=torch.float64)}, "queries are torch.float64"),
         ({"k": torch.zeros(2, 2, 5, 64).bfloat16()}, "torch.float32, torch.bfloat16, torch.float32"),
         ({"q": torch.zeros(2, 4, 3, 512)}, "heads of 512 elements"),
         ({"q": torch.zeros(2, 4, 33, 64)}, "33 queries of 2 heads that share keys are more than 64"),
@@ -232,6 +285,25 @@ def test_reasons_against_attention(change: dict[str, torch.Tensor], reason: str)
     k, v = torch.zeros(2, 2, 2, 5, 64)
     args = {"q": torch.zeros(2, 4, 3, 64), "k": k, "v": v, "mask": None, "scale": 1.0} | change
     found = DECLARATIONS["attend"].providers["triton"].reason_against(*on_device(tuple(args.values())))
+    assert found is not None
+    assert reason in found
+
+
+@pytest.mark.parametrize(
+    ("bits", "groups", "size", "reason"),
+    [
+        (3, 1, 64, "codes of 3 bits have no kernel"),
+        (4, 8, 64, "groups of 8"),
+        (4, 4, 96, "groups of 24"),
+        (4, 1, 68, "68 codes of 4 bits are no whole words"),
+        (4, 1, 512, "heads of 512 elements"),
+    ],
+)
+def test_reasons_against_attention_to_codes(bits: int, groups: int, size: int, reason: str) -> None:
+    codes, scale = torch.zeros(1, 2, 5, size * bits // 8, dtype=torch.uint8), torch.zeros(1, 2, 5, groups)
+    held = (codes, scale, scale.byte())
+    args = (torch.zeros(1, 4, 1, size), *held, *held, None, 1.0, bits, bits, size)
+    found = DECLARATIONS["attend_packed"].providers["triton"].reason_against(*on_device(args))
     assert found is not None
     assert reason in found
 

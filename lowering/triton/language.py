@@ -16,6 +16,7 @@ from quarot_fx.ops.interleave_rows import ROWS
 INTERPRETED = tl.constexpr(knobs.runtime.interpret)
 ROUND_TO_INTEGER = tl.constexpr(1.5 * 2.0**23)  # adding it leaves no bits for a fraction: rounds half to even
 ROUND_TO_INTEGER_BITS = tl.constexpr(0x4B400000)
+LARGEST = tl.constexpr(3.4028234663852886e38)  # float32
 GATE_ROWS = tl.constexpr(ROWS)  # of a weight belong to a gate, then as many to what it multiplies
 
 
@@ -83,6 +84,126 @@ def high_nibbles(packed):
             pack=4,
         )
     return result
+
+
+def _words_to_floats(bits: int, upper: int) -> str:
+    """Return PTX that makes 16-bit floats of the codes in two words: the last bits of what has these upper bits.
+
+    Equal halves of both words are put side by side, so that two codes take one shift, and one ``lop3`` that masks them
+    and sets the upper bits. A register holds the same code of both.
+    """
+    count = 32 // bits
+    mask, uppers = (2**bits - 1) * 0x00010001, upper * 0x00010001
+    lines = [f"prmt.b32 halves, ${count}, ${count + 1}, 0x5410;"]
+    for code in range(count):
+        if code == count // 2:
+            lines.append(f"prmt.b32 halves, ${count}, ${count + 1}, 0x7632;")
+        lines.append(f"shr.u32 shifted, halves, {bits * code % 16};")
+        lines.append(f"lop3.b32 ${code}, shifted, {mask:#x}, {uppers:#x}, 0xEA;")  # (a & b) | c
+    return f"{{ .reg .b32 halves, shifted; {' '.join(lines)} }}"
+
+
+def _bytes_to_bfloat16() -> str:
+    """Return PTX for codes of 8 bits, all that a bfloat16 has: they are made the last bits of 2^23 in float32 first."""
+    lines = []
+    for code in range(4):
+        for name, word in (("low", "$4"), ("high", "$5")):
+            lines.append(f"prmt.b32 bits, {word}, 0x4B000000, {0x7540 | code:#x}; mov.b32 {name}, bits;")
+            lines.append(f"sub.f32 {name}, {name}, 0f4B000000;")
+        lines.append(f"cvt.rn.bf16x2.f32 ${code}, high, low;")
+    return f"{{ .reg .b32 bits; .reg .f32 low, high; {' '.join(lines)} }}"
+
+
+def _registers(count: int) -> str:
+    return ",".join(["=&r"] * count + ["r", "r"])
+
+
+BFLOAT16_OFFSET = tl.constexpr(128)  # 0x4300, whose last bit stands for 1
+FLOAT16_OFFSET = tl.constexpr(1024)  # 0x6400, likewise
+CODES_2_AS_BFLOAT16 = tl.constexpr(_words_to_floats(2, 0x4300))
+CODES_2_AS_FLOAT16 = tl.constexpr(_words_to_floats(2, 0x6400))
+CODES_4_AS_BFLOAT16 = tl.constexpr(_words_to_floats(4, 0x4300))
+CODES_4_AS_FLOAT16 = tl.constexpr(_words_to_floats(4, 0x6400))
+CODES_8_AS_BFLOAT16 = tl.constexpr(_bytes_to_bfloat16())
+CODES_8_AS_FLOAT16 = tl.constexpr(_words_to_floats(8, 0x6400))
+REGISTERS_2, REGISTERS_4, REGISTERS_8 = (tl.constexpr(_registers(count)) for count in (16, 8, 4))
+BFLOAT16S_2, BFLOAT16S_4, BFLOAT16S_8 = (tl.constexpr((tl.bfloat16,) * count) for count in (16, 8, 4))
+FLOAT16S_2, FLOAT16S_4, FLOAT16S_8 = (tl.constexpr((tl.float16,) * count) for count in (16, 8, 4))
+
+
+@triton.jit
+def code_offset(BITS: tl.constexpr, dtype: tl.constexpr):
+    """Return what ``codes_as_floats`` adds to codes."""
+    of_bfloat16: tl.constexpr = BFLOAT16_OFFSET if dtype == tl.bfloat16 and BITS < 8 else 0
+    offset: tl.constexpr = FLOAT16_OFFSET if dtype == tl.float16 else of_bfloat16
+    return offset
+
+
+@triton.jit
+def code_at(place, BITS: tl.constexpr):
+    """Return which code of a packed row is at a place of what ``codes_as_floats`` returns."""
+    COUNT: tl.constexpr = 64 // BITS  # in two words
+    return place // COUNT * COUNT + place % COUNT // 2 + place % 2 * (COUNT // 2)
+
+
+@triton.jit
+def codes_as_floats(words, BITS: tl.constexpr, dtype: tl.constexpr):
+    """Return the codes of 2, 4 or 8 bits in int32 words [rows, words], plus ``code_offset``, as floats that are exact.
+
+    The result is [rows, 32 / BITS * words]; ``code_at`` says which code is where.
+    """
+    IS_PLAIN: tl.constexpr = INTERPRETED or dtype == tl.float32
+    is_bfloat16: tl.constexpr = dtype == tl.bfloat16
+    if BITS == 8:
+        if IS_PLAIN:
+            a, b, c, d = words, words >> 8, words >> 16, words >> 24
+        else:
+            asm8: tl.constexpr = CODES_8_AS_BFLOAT16 if is_bfloat16 else CODES_8_AS_FLOAT16
+            types8: tl.constexpr = BFLOAT16S_8 if is_bfloat16 else FLOAT16S_8
+            a, b, c, d = tl.inline_asm_elementwise(asm8, REGISTERS_8, [words], dtype=types8, is_pure=True, pack=2)
+        codes = _joined4(a, b, c, d)
+    elif BITS == 4:
+        if IS_PLAIN:
+            a, b, c, d = words, words >> 4, words >> 8, words >> 12
+            e, f, g, h = words >> 16, words >> 20, words >> 24, words >> 28
+        else:
+            asm4: tl.constexpr = CODES_4_AS_BFLOAT16 if is_bfloat16 else CODES_4_AS_FLOAT16
+            types4: tl.constexpr = BFLOAT16S_4 if is_bfloat16 else FLOAT16S_4
+            a, b, c, d, e, f, g, h = tl.inline_asm_elementwise(
+                asm4, REGISTERS_4, [words], dtype=types4, is_pure=True, pack=2
+            )
+        codes = _joined8(a, b, c, d, e, f, g, h)
+    else:
+        if IS_PLAIN:
+            a, b, c, d = words, words >> 2, words >> 4, words >> 6
+            e, f, g, h = words >> 8, words >> 10, words >> 12, words >> 14
+            i, j, k, m = words >> 16, words >> 18, words >> 20, words >> 22
+            n, o, p, q = words >> 24, words >> 26, words >> 28, words >> 30
+        else:
+            asm2: tl.constexpr = CODES_2_AS_BFLOAT16 if is_bfloat16 else CODES_2_AS_FLOAT16
+            types2: tl.constexpr = BFLOAT16S_2 if is_bfloat16 else FLOAT16S_2
+            a, b, c, d, e, f, g, h, i, j, k, m, n, o, p, q = tl.inline_asm_elementwise(
+                asm2, REGISTERS_2, [words], dtype=types2, is_pure=True, pack=2
+            )
+        codes = tl.join(_joined8(a, c, e, g, i, k, n, p), _joined8(b, d, f, h, j, m, o, q))
+    COUNT: tl.constexpr = 32 // BITS
+    WORDS: tl.constexpr = words.shape[1]
+    codes = tl.permute(tl.reshape(codes, (words.shape[0], WORDS // 2, 2, COUNT)), (0, 1, 3, 2))
+    codes = tl.reshape(codes, (words.shape[0], COUNT * WORDS))
+    if IS_PLAIN:
+        offset: tl.constexpr = code_offset(BITS, dtype)
+        codes = round_to((codes & (2**BITS - 1)).to(tl.float32) + offset, dtype)
+    return codes
+
+
+@triton.jit
+def _joined4(a, b, c, d):
+    return tl.join(tl.join(a, c), tl.join(b, d))
+
+
+@triton.jit
+def _joined8(a, b, c, d, e, f, g, h):
+    return tl.join(_joined4(a, c, e, g), _joined4(b, d, f, h))
 
 
 @triton.jit
@@ -278,7 +399,18 @@ def _round_to_code(values, reciprocal, origin, lowest, highest):
 
     The last bits of such a float32 are the code in two's complement. A NaN becomes the lowest code.
     """
-    shifted = tl.fma(values, reciprocal, ROUND_TO_INTEGER)
+    return _clamped(tl.fma(values, reciprocal, ROUND_TO_INTEGER), origin, lowest, highest)
+
+
+@triton.jit
+def low_byte(integers):
+    """Return the last 8 bits of integers in float32 as uint8, without a conversion."""
+    return (integers + ROUND_TO_INTEGER).to(tl.int32, bitcast=True).to(tl.uint8)
+
+
+@triton.jit
+def _clamped(shifted, origin, lowest, highest):
+    """Return ROUND_TO_INTEGER + an integer plus an integer origin, clamped; a NaN becomes the lowest."""
     if origin is not None:
         shifted += origin
     if INTERPRETED:  # a GPU's maximum drops a NaN, numpy's does not
@@ -343,3 +475,46 @@ def store_quantized(values, codes_at, mask, scale, zero, sums, groups, is_group,
     tl.store(sums + groups, total, mask=is_group)
     if not SYMMETRIC:
         tl.store(zero + groups, zeros.to(tl.int32), mask=is_group)
+
+
+@triton.jit
+def _maximum(rows):
+    """Return the maximum of each row of [rows, elements]; a NaN wins."""
+    if INTERPRETED:
+        magnitude = _largest_magnitude(rows)
+        largest = tl.where(magnitude == magnitude, tl.max(rows, axis=1), magnitude)
+    else:
+        largest = tl.reduce(rows, 1, _maximum_or_nan)
+    return largest
+
+
+@triton.jit
+def encode_asymmetric(rows, clip, BITS: tl.constexpr):
+    """Return codes of float32 [rows, elements], and a scale and a zero point for each row, all float32.
+
+    ``quarot::quantize_asymmetric`` defines the numbers, and these are the same, if products and sums are not contracted
+    and scales are normal numbers. Masked elements must be 0, which is in any range.
+    """
+    HIGHEST: tl.constexpr = 2.0**BITS - 1
+    low = tl.minimum(tl.min(rows, axis=1), 0.0) * clip
+    high = tl.maximum(_maximum(rows), 0.0, propagate_nan=tl.PropagateNan.ALL) * clip
+    step = divide_scalars(high - low, HIGHEST)
+    step = tl.where(step == 0, 1.0, step)
+    highest = tl.where(step < float("inf"), HIGHEST, 0.0)  # a row with a value that is not finite has one code only
+    zero = _clamped(divide_scalars(-low, step) + ROUND_TO_INTEGER, None, 0.0, highest) - ROUND_TO_INTEGER
+    quotients = _divide_rows(rows, step)
+    codes = _clamped(quotients + ROUND_TO_INTEGER, zero[:, None], 0.0, highest[:, None]) - ROUND_TO_INTEGER
+    return codes, step, zero
+
+
+@triton.jit
+def _divide_rows(rows, divisors):
+    """Return each row over its divisor, correctly rounded (Markstein): a tenth of the instructions of a division."""
+    if INTERPRETED:  # its fma rounds twice
+        quotients = rows / divisors[:, None]
+    else:
+        reciprocals = tl.minimum(divide_scalars(1.0, divisors), LARGEST)[:, None]  # finite for any divisor
+        quotients = rows * reciprocals
+        rest = tl.fma(-quotients, tl.broadcast_to(divisors[:, None], rows.shape), rows)
+        quotients = tl.fma(rest, tl.broadcast_to(reciprocals, rows.shape), quotients)
+    return quotients

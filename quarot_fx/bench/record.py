@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -88,8 +88,9 @@ class AttentionTime:
         attended: the first so many of them, by a mask; ``None`` is all of them without a mask.
         microseconds: of one call.
         gigabytes_per_second: of the bytes of keys and values that are attended to.
-        pytorch: microseconds of the fastest of PyTorch's kernels, or ``None`` where none takes this.
+        pytorch: microseconds of the fastest of PyTorch's kernels in bfloat16, or ``None`` where none takes this.
         backend: which one that is.
+        bits: of an element of keys and values; 16 are bfloat16.
     """
 
     batch: int
@@ -99,6 +100,7 @@ class AttentionTime:
     gigabytes_per_second: float
     pytorch: float | None = None
     backend: str | None = None
+    bits: int = 16
 
     @property
     def speedup(self) -> float | None:
@@ -274,4 +276,5 @@ def _with_properties(row: Any) -> dict[str, Any]:
 
 
 def _of(kind: type[Any], row: Mapping[str, Any]) -> Any:
-    return kind(**{f.name: row[f.name] for f in fields(kind)})
+    """Return a row; what was added to its kind after it was written is as before that."""
+    return kind(**{f.name: row[f.name] for f in fields(kind) if f.name in row or f.default is MISSING})

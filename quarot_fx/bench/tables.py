@@ -85,13 +85,13 @@ def _fused_table(times: Sequence[FusedTime]) -> Table:
 
 
 def _attention_table(times: Sequence[AttentionTime]) -> Table:
-    numbers = ("sequences", "keys", "attended to", "PyTorch µs", "µs", "GB/s", "speed-up")
+    numbers = ("bits", "sequences", "keys", "attended to", "PyTorch µs", "µs", "GB/s", "speed-up")
     table = _table("attention of one query a sequence, by the bytes of keys and values", ("PyTorch's kernel",), numbers)
     for t in times:
         attended = "no mask" if t.attended is None else str(t.attended)
         pytorch, speedup = ("-", "-") if t.speedup is None else (f"{t.pytorch:.1f}", f"{t.speedup:.2f}x")
         rates = (pytorch, f"{t.microseconds:.1f}", f"{t.gigabytes_per_second:.0f}", speedup)
-        table.add_row(t.backend or "none takes this", str(t.batch), str(t.keys), attended, *rates)
+        table.add_row(t.backend or "none takes this", str(t.bits), str(t.batch), str(t.keys), attended, *rates)
     return table
 
 

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from quarot_fx.bench.record import Record
     from quarot_fx.bench.shapes import DecoderShape
 
+TUNED = ("matmul", "attention")
 FUSED_ROWS = (1, 16, 2048, 16384)
 T = TypeVar("T")
 Rows = Iterator[tuple[str, Any]]  # with the name of the list in the record that each belongs to
@@ -85,8 +86,8 @@ def bench(
         if part not in PARTS:
             raise UnknownOptionError("part", part, PARTS)
     if tune:
-        _refuse(parts, json_file, from_file, plot_file, name="tune", value=tune)
-        tune.write_text(_tuned(choice), encoding="utf-8")
+        _refuse(json_file, from_file, plot_file, name="tune", value=tune)
+        tune.write_text(_tuned(choice, parts or TUNED), encoding="utf-8")
         return
     plot = _plotter(plot_file)
     if from_file:
@@ -275,16 +276,23 @@ def _plotter(path: Path | None) -> Callable[[Record], None]:
 # -- tuning ----------------------------------------------------------------------------------------
 
 
-def _tuned(choice: Choice) -> str:
+def _tuned(choice: Choice, parts: Sequence[str]) -> str:
     """Search, and return a table of launch parameters, one entry a line, for GPUs with this one's memory or more."""
     import torch
 
     from quarot_fx.bench.shapes import distinct_shapes
-    from quarot_fx.bench.tune import TOKENS, tune
+    from quarot_fx.bench.tune import TOKENS, tune_attention, tune_matmul
     from quarot_fx.lowering.triton.device import describe
 
+    for part in parts:
+        if part not in TUNED:
+            raise OptionError(name="tune", value=part, reason=f"launch parameters are searched for {', '.join(TUNED)}")
     _check_gpu()
-    table = tune(choice.shapes or list(distinct_shapes()), choice.tokens or TOKENS)
+    table: dict[str, list[dict[str, Any]]] = {}
+    if "matmul" in parts:
+        table |= tune_matmul(choice.shapes or list(distinct_shapes()), choice.tokens or TOKENS)
+    if "attention" in parts:
+        table |= tune_attention()
     shared = describe(torch.device("cuda")).shared_bytes
     kernels = (
         f'  "{kernel}": [\n' + ",\n".join(f"    {json.dumps(entry)}" for entry in entries) + "\n  ]"

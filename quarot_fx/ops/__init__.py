@@ -1,6 +1,9 @@
 """The operators of a rewritten graph, ``torch.ops.quarot.*``, under short names: one declaration a file."""
 
+from quarot_fx.ops.append import append
+from quarot_fx.ops.append_dequantize import append_dequantize
 from quarot_fx.ops.attend import attend
+from quarot_fx.ops.attend_packed import attend_packed
 from quarot_fx.ops.declaration import DECLARATIONS, OpDeclaration, Provider, declaration_of, declare
 from quarot_fx.ops.dequantize import dequantize
 from quarot_fx.ops.expert_linear import expert_linear
@@ -25,7 +28,10 @@ __all__ = [
     "DECLARATIONS",
     "OpDeclaration",
     "Provider",
+    "append",
+    "append_dequantize",
     "attend",
+    "attend_packed",
     "declaration_of",
     "declare",
     "dequantize",
