@@ -16,9 +16,10 @@ from models import byte_tokenizer, save_tiny_model, tiny_model
 from typer.testing import CliRunner
 
 from quarot_fx.cli import app
-from quarot_fx.cli.perplexity import measure, read_text, split_windows
+from quarot_fx.cli.perplexity import measure
 from quarot_fx.cli.settings import DEFAULT_SETTINGS, parse_options, parse_setting
 from quarot_fx.errors import NotFoundError, OptionError, UnknownOptionError
+from quarot_fx.text import read_text, split_windows
 
 BITS = st.sampled_from([2, 3, 4, 5, 6, 7, 8, 16])
 

@@ -12,8 +12,9 @@ from models import smollm2
 import quarot_fx
 from quarot_fx.cli.demo import generate
 from quarot_fx.cli.models import compile_model
-from quarot_fx.cli.perplexity import measure, read_text, split_windows
+from quarot_fx.cli.perplexity import measure
 from quarot_fx.cli.settings import parse_setting
+from quarot_fx.text import read_text, split_windows
 
 
 @pytest.fixture(scope="module")

@@ -41,7 +41,8 @@ def demo(
 
     import quarot_fx
     from quarot_fx.cli.models import DEMO_MODEL, compile_model, load_model
-    from quarot_fx.cli.perplexity import measure, read_text, split_windows
+    from quarot_fx.cli.perplexity import measure
+    from quarot_fx.text import read_text, split_windows
 
     with Console(stderr=True).status("loading the model"):
         model, tokenizer = load_model(DEMO_MODEL)

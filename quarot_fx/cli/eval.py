@@ -34,8 +34,9 @@ def evaluate(
 
     from quarot_fx.cli.environment import describe_environment
     from quarot_fx.cli.models import compile_model, load_model
-    from quarot_fx.cli.perplexity import fingerprint, measure, read_text, split_windows
+    from quarot_fx.cli.perplexity import measure
     from quarot_fx.errors import NotFoundError
+    from quarot_fx.text import fingerprint, read_text, split_windows
 
     content = read_text(text)
     network, tokenizer = load_model(model, device)
