@@ -105,7 +105,7 @@ def test_texts_by_name_and_by_path(tmp_path):
     assert len(read_text("pydoc")) > 100_000
     (tmp_path / "text.txt").write_text("hé", encoding="utf-8")
     assert read_text(str(tmp_path / "text.txt")) == "hé"
-    with pytest.raises(NotFoundError, match="'wikitext2' or 'pydoc'"):
+    with pytest.raises(NotFoundError, match="'wikitext2', 'c4', 'ptb', a dataset on the Hugging Face hub or 'pydoc'"):
         read_text(str(tmp_path / "none.txt"))
 
 
