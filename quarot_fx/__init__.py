@@ -15,6 +15,8 @@ _HOME = {
     "QuantScheme": "quarot_fx.config",
     "rewrite": "quarot_fx.inspection",
     "explain": "quarot_fx.inspection",
+    "sqnr": "quarot_fx.quantization_error",
+    "SQNRReport": "quarot_fx.quantization_error",
     "Report": "quarot_fx.report",
     "Program": "quarot_fx.program",
     "RotationPlan": "quarot_fx.basis.plan",
