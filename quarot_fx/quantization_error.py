@@ -7,14 +7,14 @@ the compiler is one here.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, fx
 
-from quarot_fx.attention import before_repetition, reads_of_keys_and_values
+from quarot_fx.attention import Read, before_repetition, reads_of_keys_and_values
 from quarot_fx.config import QuarotConfig
 from quarot_fx.coverage import cover
 from quarot_fx.float64 import evaluate
@@ -23,7 +23,7 @@ from quarot_fx.inspection import Inputs, Model, bound_program
 from quarot_fx.linear_like import LinearLike, linear_likes
 from quarot_fx.observation import Observer, observe
 from quarot_fx.passes.pipeline import build_pipeline, run_pipeline, split_at_quantization
-from quarot_fx.passes.quantized import quantized_activation
+from quarot_fx.passes.quantized import requantized
 from quarot_fx.program import Program
 from quarot_fx.report import CacheRecord, LinearRecord, without_index
 
@@ -42,8 +42,8 @@ class LayerSQNR:
     Attributes:
         linear: the layer, its bits and how it is rotated.
         weight: ratio of the weight, in the basis that it is quantised in.
-        activation: ratio of what enters the layer, as it arrives there.
-        output: ratio of the product of both, to that of the same activation and weight before they are quantised.
+        activation: ratio of what enters the layer.
+        output: ratio of what the layer computes when both are quantised.
         ranges: largest magnitude of each channel of what enters the layer: float64 [in], on the model's device.
     """
 
@@ -142,8 +142,8 @@ class SQNRReport:
 def sqnr(model: Model, inputs: Inputs = (), **options: Any) -> SQNRReport:
     """Return what quantisation does to each linear layer and each cache of a model, on inputs of its own.
 
-    The model is captured, rotated and quantised as the backend does it, and run in float64. Each layer is compared with
-    itself: what enters it has the errors of the layers before it already, before it is quantised and after.
+    The model is captured and rotated as the backend does it, and run in float64. Each layer is quantised on its own:
+    all others compute exactly, so that errors do not add up, and settings can be compared layer by layer.
 
     Args:
         model: an ``nn.Module`` in eval mode, a function of one, an exported program or a graph, as
@@ -171,55 +171,56 @@ def measure_sqnr(program: Program, arguments: list[Any], config: QuarotConfig) -
     quantized = run_pipeline(exact, quantizing)
     covered = cover(quantized)
     layers = [*_layer_observers(exact.graph, quantized.graph, covered.linears)]
-    caches = [*_cache_observers(quantized.graph, covered.caches)]
-    answers = observe(quantized, [*layers, *caches], arguments)
+    caches = [*_cache_observers(exact.graph, quantized.graph, covered.caches)]
+    answers = observe(exact, [*layers, *caches], arguments)
     return SQNRReport(tuple(answers[: len(layers)]), tuple(answers[len(layers) :]))
 
 
 def _layer_observers(exact: fx.Graph, quantized: fx.Graph, records: list[LinearRecord]) -> Iterator[Observer]:
-    """Yield what compares each linear layer of a quantised graph with the one of the same name before quantisation."""
-    unquantized = {linear.node.name: linear for linear in linear_likes(exact)}
-    for linear, record in zip(linear_likes(quantized), records, strict=True):
-        look = _compare_layer(linear, unquantized[linear.node.name], record)
-        yield Observer(look, (*_before_and_after(linear.x), linear.node, *argument_nodes(linear.node)))
+    """Yield what compares each linear layer of an exact graph with the one of the same name that is quantised."""
+    linears = {linear.node.name: linear for linear in linear_likes(exact)}
+    for rounded, record in zip(linear_likes(quantized), records, strict=True):
+        linear = linears[rounded.node.name]
+        yield Observer(_compare_layer(linear, rounded, record), (linear.node, *argument_nodes(linear.node)))
 
 
-def _cache_observers(graph: fx.Graph, records: list[CacheRecord]) -> Iterator[Observer]:
-    for read, record in zip(reads_of_keys_and_values(graph), records, strict=True):
-        user, place = before_repetition(read)
-        yield Observer(_compare_cache(record), _before_and_after(argument_nodes(user)[place]))
-
-
-def _before_and_after(node: fx.Node) -> tuple[fx.Node, fx.Node]:
-    """Return what a node's value was quantised from, and what that made of it."""
-    found = quantized_activation(node)
-    return (node, node) if found is None else (found.source, found.dequantized)
-
-
-def _compare_layer(linear: LinearLike, exact: LinearLike, record: LinearRecord) -> Callable[..., LayerSQNR]:
-    def compare(x: Tensor, rounded: Tensor, output: Tensor, *operands: Tensor) -> LayerSQNR:
-        spelling, weight = linear.spelling, evaluate(exact.weight)
-        before = {spelling.x: x, spelling.weight: weight}
-        expected = _called(linear.node, [before.get(place, value) for place, value in enumerate(operands)])
+def _compare_layer(linear: LinearLike, rounded: LinearLike, record: LinearRecord) -> Callable[..., LayerSQNR]:
+    def compare(output: Tensor, *operands: Tensor) -> LayerSQNR:
+        x, weight = operands[linear.spelling.x], operands[linear.spelling.weight]
+        rounded_x, rounded_weight = requantized(x, rounded.x), evaluate(rounded.weight)
+        replaced = {linear.spelling.x: rounded_x, linear.spelling.weight: rounded_weight}
+        rounded_output = _called(linear.node, [replaced.get(place, value) for place, value in enumerate(operands)])
         return LayerSQNR(
             record,
-            weight=_ratio(weight, operands[spelling.weight]),
-            activation=_ratio(x, rounded),
-            output=_ratio(expected, output),
+            weight=_ratio(weight, rounded_weight),
+            activation=_ratio(x, rounded_x),
+            output=_ratio(output, rounded_output),
             ranges=x.abs().flatten(0, -2).amax(0),
         )
 
     return compare
 
 
-def _compare_cache(record: CacheRecord) -> Callable[[Tensor, Tensor], CacheSQNR]:
-    def compare(x: Tensor, rounded: Tensor) -> CacheSQNR:
-        return CacheSQNR(record, _ratio(x, rounded))
+def _cache_observers(exact: fx.Graph, quantized: fx.Graph, records: list[CacheRecord]) -> Iterator[Observer]:
+    """Yield what compares the keys or values that each attention reads."""
+    reads = zip(reads_of_keys_and_values(exact), reads_of_keys_and_values(quantized), records, strict=True)
+    for before, after, record in reads:
+        yield Observer(_compare_cache(_read(after), record), (_read(before),))
+
+
+def _read(read: Read) -> fx.Node:
+    user, place = before_repetition(read)
+    return argument_nodes(user)[place]
+
+
+def _compare_cache(rounded: fx.Node, record: CacheRecord) -> Callable[[Tensor], CacheSQNR]:
+    def compare(x: Tensor) -> CacheSQNR:
+        return CacheSQNR(record, _ratio(x, requantized(x, rounded)))
 
     return compare
 
 
-def _called(node: fx.Node, operands: list[Any]) -> Tensor:
+def _called(node: fx.Node, operands: Sequence[Any]) -> Tensor:
     """Return what a node's operator makes of other values in the place of its argument nodes."""
     values = iter(operands)
     args, kwargs = fx.map_arg((node.args, node.kwargs), lambda _: next(values))

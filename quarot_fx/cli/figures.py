@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
+from matplotlib.ticker import MaxNLocator
+from matplotlib.typing import LineStyleType
 
 from quarot_fx.quantization_error import COLUMNS, SQNRReport
 from quarot_fx.report import without_index
@@ -88,7 +90,7 @@ def draw_ranges(inputs: Sequence[SharedInput], title: str, path: Path) -> None:
             axes.plot(one.rotated, label=ROTATED, linewidth=0.7, color="tab:blue")
             axes.set_yscale("log")
             axes.set_title(one.name, fontsize="x-small")
-            axes.tick_params(labelsize="x-small")
+            axes.tick_params(which="both", labelsize="xx-small")
             axes.set_xlabel("channel", fontsize="x-small")
             axes.set_ylabel("largest |x|", fontsize="x-small")
     axes.legend(fontsize="x-small")
@@ -102,14 +104,15 @@ def draw_sqnr(rotated: SQNRReport, unrotated: SQNRReport, title: str, path: Path
     curves = {ROTATED: _curves(rotated), UNROTATED: _curves(unrotated)}
     kinds = list(dict.fromkeys(kind for column in curves[ROTATED].values() for kind in column))
     colors = {kind: f"C{place % 10}" for place, kind in enumerate(kinds)}
-    styles = {ROTATED: "-", UNROTATED: ":"}
+    styles: dict[str, LineStyleType] = {ROTATED: "-", UNROTATED: ":"}
     for place, column in enumerate(COLUMNS):
         axes = figure.add_subplot(1, len(COLUMNS), place + 1)
         for how, style in styles.items():
             for kind, ratios in curves[how][column].items():
-                axes.plot(ratios, style, color=colors[kind], marker=".", markersize=3, linewidth=1)
+                axes.plot(ratios, linestyle=style, color=colors[kind], marker=".", markersize=3, linewidth=1)
         axes.set_title(column)
         axes.set_xlabel("layer")
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.set_ylabel("signal to quantisation noise, dB")
     handles = [Line2D([], [], color=color, label=kind) for kind, color in colors.items()]
     handles += [Line2D([], [], color="black", linestyle=style, label=how) for how, style in styles.items()]
