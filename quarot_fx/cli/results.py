@@ -59,7 +59,8 @@ class Results:
         versions = ", ".join(f"{package} {version}" for package, version in self.about["versions"].items())
         source = f"{self.title}. `{self.about['command']}`, on {self.about['device']}; {versions}."
         table = [f"| {' | '.join(line)} |" for line in lines]
-        return "\n".join([*table, "", source, *self.reasons()]) + "\n"
+        reasons = [line for reason in self.reasons() for line in ("", reason)]
+        return "\n".join([*table, "", source, *reasons]) + "\n"
 
     def reasons(self) -> list[str]:
         """Return a line for each setting that gave no number."""
