@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 
@@ -74,3 +75,9 @@ def test_mistakes_are_typed(tmp_path, content, error, message):
 def test_a_file_that_is_not_there(tmp_path):
     with pytest.raises(NotFoundError, match="found no file"):
         read_settings(tmp_path / "none.toml", {})
+
+
+def test_the_ablation_of_the_documents_is_a_file_of_settings():
+    settings = read_settings(Path(__file__).parent.parent / "examples" / "ablation.toml", {})
+    assert settings[0].options is None
+    assert any(setting.options and setting.options.get("rotation") == "random" for setting in settings)
