@@ -114,7 +114,7 @@ def test_texts_by_name_and_by_path(tmp_path):
 
 def test_help_lists_the_commands():
     output = run("--help")
-    assert all(command in output for command in ("bench", "demo", "eval", "explain"))
+    assert all(command in output for command in ("bench", "demo", "eval", "explain", "plot"))
 
 
 def test_help_is_fast_because_it_loads_neither_torch_nor_transformers():

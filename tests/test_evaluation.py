@@ -159,6 +159,7 @@ def test_eval_measures_tasks_next_to_float(tiny_folder, task_folder, tmp_path):
         (("--tasks", "tiny_lost"), "found no data of tasks 'tiny_lost'"),
         (("--tasks", "tiny_essay"), "option tasks='tiny_essay': generates text"),
         (("--tasks", "tiny_choice", "--include-path", "absent"), "found no folder 'absent'"),
+        (("--tasks", ","), "names no task"),
         (("--limit", "3"), "option tasks=None: --include-path and --limit are about tasks"),
     ],
 )

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch._dynamo.utils import counters
 
-from quarot_fx.errors import NotFoundError, nearest
+from quarot_fx.errors import NotFoundError, OptionError, nearest
 from quarot_fx.extras import import_extra
 
 ACCURACIES = ("acc_norm", "acc")  # what the paper gives of a task, the first that it has
@@ -43,7 +43,10 @@ class Tasks:
         Raises:
             MissingExtraError: lm-eval is not installed.
             NotFoundError: there is no such folder or task; the nearest one is suggested.
+            OptionError: no task is named.
         """
+        if not names:
+            raise OptionError(name="tasks", value="", reason="names no task; separate names by commas")
         import_extra("lm_eval", extra="eval")
         manager_class = import_extra("lm_eval.tasks", extra="eval").TaskManager
         if include_path is not None and not include_path.is_dir():
