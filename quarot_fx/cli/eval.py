@@ -49,42 +49,36 @@ def evaluate(
 
     from quarot_fx.cli.environment import describe_environment
     from quarot_fx.cli.models import compile_model, load_model
-    from quarot_fx.cli.perplexity import measure
+    from quarot_fx.cli.perplexity import TextWindows, measure
     from quarot_fx.cli.results import Results
     from quarot_fx.cli.tasks import Tasks
     from quarot_fx.text import fingerprint, most_windows, read_text, split_windows
 
-    about: dict[str, Any] = {"command": shlex.join(["quarot-fx", *sys.argv[1:]]), "model": model}
-    titles = []
     if text is None and tasks is None:
         text = "pydoc"
-    content = None if text is None else read_text(text)
-    harness = None
-    if tasks is not None:
-        wanted = [name.strip() for name in tasks.split(",") if name.strip()]
-        harness = Tasks.find(wanted, include_path, limit, batch_size)
+    content = "" if text is None else read_text(text)
+    harness = None if tasks is None else Tasks.find(tasks.split(","), include_path, limit, batch_size)
     network, tokenizer = load_model(model, device)
     if tokenizer is None:
         raise NotFoundError(kind="tokenizer", name=model, remedy="Evaluation needs the model's tokenizer files.")
-    token_ids = None
-    if text is not None and content is not None:
+    of_text = None
+    if text is not None:
         token_ids = split_windows(content, tokenizer, window_length, windows or most_windows(text)).to(device)
-        titles.append(f"{text}, {len(token_ids)} windows of {window_length} tokens")
-        about["text"] = {"name": text, "sha256": fingerprint(content)}
-        about |= {"windows": len(token_ids), "window_length": window_length}
-    if harness is not None:
-        titles.append(f"tasks, {'all' if limit is None else f'the first {limit}'} questions")
-        about["tasks"] = {"names": list(harness.names), "limit": limit, "batch_size": batch_size}
+        of_text = TextWindows(text, fingerprint(content), token_ids)
+
+    measured = [one for one in (of_text, harness) if one is not None]
+    about: dict[str, Any] = {"command": shlex.join(["quarot-fx", *sys.argv[1:]]), "model": model}
+    for one in measured:
+        about |= one.about
     packages = () if harness is None else ("lm-eval", "datasets")
     about |= {"nested_backend": nested_backend, **describe_environment(device, others=packages)}
-
-    results = Results(f"{model}: {'; '.join(titles)}", about)
+    results = Results(f"{model}: {'; '.join(one.title for one in measured)}", about)
     for setting in chosen:
         row: dict[str, Any] = {"setting": setting.name, "options": setting.options}
         try:
             runnable = compile_model(network, setting, nested_backend)
-            if token_ids is not None:
-                row |= asdict(measure(runnable, token_ids, setting.name))
+            if of_text is not None:
+                row |= asdict(measure(runnable, of_text.token_ids, setting.name))
             if harness is not None:
                 row |= harness.measure(runnable, network, tokenizer)
         except QuarotError as error:

@@ -45,6 +45,7 @@ class Tasks:
             NotFoundError: there is no such folder or task; the nearest one is suggested.
             OptionError: no task is named.
         """
+        names = [name.strip() for name in names if name.strip()]
         if not names:
             raise OptionError(name="tasks", value="", reason="names no task; separate names by commas")
         import_extra("lm_eval", extra="eval")
@@ -62,6 +63,16 @@ class Tasks:
                 remedy = "`lm-eval ls tasks` lists those that there are, --include-path adds a folder of your own."
                 raise NotFoundError(kind="task", name=name, remedy=remedy + nearest(name, manager.all_tasks))
         return cls(tuple(names), limit, batch_size, manager)
+
+    @property
+    def title(self) -> str:
+        """What is measured, in words."""
+        return f"tasks, {'all' if self.limit is None else f'the first {self.limit}'} questions"
+
+    @property
+    def about(self) -> dict[str, Any]:
+        """What is measured, for JSON."""
+        return {"tasks": {"names": list(self.names), "limit": self.limit, "batch_size": self.batch_size}}
 
     def measure(self, runnable: Any, network: Any, tokenizer: Any) -> dict[str, Any]:
         """Return what lm-eval measures of a compiled model, for JSON.
