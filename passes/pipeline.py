@@ -68,6 +68,7 @@ DEFAULT_ORDER: tuple[type[Pass], ...] = (
     LowerOps,
     FoldConstants,
 )
+QUANTIZING = (QuantizeWeights, QuantizeEmbeddings, QuantizeActivations, QuantizeCaches)
 PASSES: dict[str, type[Pass]] = {pass_name(cls): cls for cls in DEFAULT_ORDER}
 
 
@@ -131,6 +132,12 @@ def build_pipeline(config: QuarotConfig) -> list[Pass]:
         passes = passes[: ends[-1] + 1]
     passes = [p for p in passes if p.name not in config.disabled_passes and not isinstance(p, FoldConstants)]
     return [*passes, FoldConstants(config)]
+
+
+def split_at_quantization(passes: Sequence[Pass]) -> tuple[list[Pass], list[Pass]]:
+    """Return the passes before the first one that quantises, and from there on those up to the last one that does."""
+    places = [place for place, one in enumerate(passes) if isinstance(one, QUANTIZING)] or [len(passes)]
+    return list(passes[: places[0]]), list(passes[places[0] : places[-1] + 1])
 
 
 def check_order(passes: Sequence[Pass]) -> None:

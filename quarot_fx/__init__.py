@@ -18,6 +18,8 @@ _HOME = {
     "calibrate": "quarot_fx.calibration.calibrate",
     "GPTQOptions": "quarot_fx.calibration.options",
     "Calibration": "quarot_fx.calibration.report",
+    "sqnr": "quarot_fx.quantization_error",
+    "SQNRReport": "quarot_fx.quantization_error",
     "Report": "quarot_fx.report",
     "Program": "quarot_fx.program",
     "RotationPlan": "quarot_fx.basis.plan",

@@ -36,10 +36,10 @@ def widen(value: Any) -> Any:
 
 
 class Float64Interpreter(fx.Interpreter):
-    """Runs a graph module in float64, whatever its casts say."""
+    """Runs a graph module, or another graph of what it stores, in float64, whatever its casts say."""
 
-    def __init__(self, module: fx.GraphModule, known: Known | None = None) -> None:
-        super().__init__(module)
+    def __init__(self, module: fx.GraphModule, known: Known | None = None, graph: fx.Graph | None = None) -> None:
+        super().__init__(module, graph=graph)
         self._known = {} if known is None else known
 
     def call_function(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

@@ -66,6 +66,21 @@ def explain(model: Model, inputs: Inputs = (), **options: Any) -> Report:
 
 def _rewritten(model: Model, inputs: Inputs, config: QuarotConfig) -> Program:
     passes = build_pipeline(config)
+    program, arguments = bound_program(model, inputs, needs_data=config.check)
+    return run_pipeline(program, passes, arguments if config.check else None)
+
+
+def bound_program(model: Model, inputs: Inputs, *, needs_data: bool) -> tuple[Program, list[Any]]:
+    """Return a model as a program that no pass has run on, and the arguments of its placeholders.
+
+    Args:
+        model: as :func:`rewrite` takes it.
+        inputs: likewise.
+        needs_data: refuse parameters that have only shapes.
+
+    Raises:
+        NotOneGraphError, GraphInputError, UnboundParameterError: as :func:`rewrite`.
+    """
     if isinstance(model, fx.GraphModule | torch.export.ExportedProgram):
         captured, arguments = import_graph(model, *_as_given(inputs))
         if not captured.parameters:
@@ -73,11 +88,11 @@ def _rewritten(model: Model, inputs: Inputs, config: QuarotConfig) -> Program:
             raise GraphInputError(reason="it stores no weights", remedy=remedy)
     else:
         captured, arguments = capture_one_graph(model, inputs)
-    if config.check:
+    if needs_data:
         captured.check_has_data(arguments)
     program = captured.bind(arguments, SHARED)
     places = [node.meta[INPUT] for node in program.graph.find_nodes(op="placeholder")]
-    return run_pipeline(program, passes, [arguments[place] for place in places] if config.check else None)
+    return program, [arguments[place] for place in places]
 
 
 class _Collected(BaseException):

@@ -145,7 +145,7 @@ def test_texts_by_name_and_by_path(tmp_path):
     assert len(read_text("pydoc")) > 100_000
     (tmp_path / "text.txt").write_text("hé", encoding="utf-8")
     assert read_text(str(tmp_path / "text.txt")) == "hé"
-    with pytest.raises(NotFoundError, match="'wikitext2', 'c4', a dataset on the Hugging Face hub or 'pydoc'"):
+    with pytest.raises(NotFoundError, match="'wikitext2', 'c4', 'ptb', a dataset on the Hugging Face hub or 'pydoc'"):
         read_text(str(tmp_path / "none.txt"))
 
 
@@ -154,7 +154,7 @@ def test_texts_by_name_and_by_path(tmp_path):
 
 def test_help_lists_the_commands():
     output = run("--help")
-    assert all(command in output for command in ("bench", "demo", "eval", "explain"))
+    assert all(command in output for command in ("bench", "demo", "eval", "explain", "plot"))
 
 
 def test_help_is_fast_because_it_loads_neither_torch_nor_transformers():
