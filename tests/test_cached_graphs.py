@@ -11,6 +11,7 @@ from architectures import ARCHITECTURES, LAYERS, compile_model
 from caches import double_model, logits_in_chunks, make
 from models import random_token_ids
 from plans import readers_of_online_transforms
+from tiny_decoders import build as build_tiny
 from transformers import StaticCache
 
 import quarot_fx
@@ -143,6 +144,21 @@ def test_logits_in_float32(kind):
         expected = compiled(ids, use_cache=False).logits
     logits = logits_in_chunks(compiled, make(kind, model, ROOM, BATCH), ids, PROMPT, CHUNK, 1)
     assert relative_difference([logits], [expected]) < 1e-4
+
+
+def test_latent_attention():
+    """A cache holds what keys and values are made of, and they themselves are never stored, and not quantised again."""
+    decoder = build_tiny("deepseek_v3")
+    model = decoder.model.double()
+    model.set_experts_implementation("batched_mm")
+    inputs = decoder.inputs | {"past_key_values": make("static", model, ROOM), "use_cache": True}
+    report = quarot_fx.rewrite(model, inputs, check=True).quarot
+    assert {(cache.kind, cache.bits, cache.by) for cache in report.caches} == {
+        ("key", 4, "cache"),
+        ("value", 4, "cache"),
+    }
+    assert all(one.is_identity for one in report.plan.given)
+    assert max(one.difference for one in report.passes if one.name in ("place-rotations", "rotate")) < 1e-9
 
 
 def test_an_unrotated_cache_stays_so():
