@@ -248,7 +248,7 @@ def _inner(analysis: Analysis, position: Position) -> int:
 def _site(candidate: Candidate, analysis: Analysis, cuts: list[FactorCut]) -> Site:
     """Say how one candidate ended: which of its factors are rotated, and whether a transform stands before it."""
     by_factor = {factor: cut for cut in cuts for factor in cut.factors}
-    axes = (candidate.axis, *candidate.written)
+    axes = candidate.written or (candidate.axis,)
     pairs = [(by_factor.get(factor), position) for axis in axes for factor, position in analysis.positions(axis)]
     rotated = [cut is not None and position in cut.rotated for cut, position in pairs]
     unmet = [cut.unmet[position] for cut, position in pairs if cut is not None and position in cut.unmet]

@@ -19,7 +19,8 @@ from quarot_fx.config import UNQUANTIZED_BITS
 from quarot_fx.graph import AUTHOR, argument_nodes, is_float, is_tensor, value
 
 aten, quarot = torch.ops.aten, torch.ops.quarot
-CONCATENATIONS = {aten.cat, aten.concat, aten.concatenate}
+CONCATENATIONS = {aten.cat, aten.concat, aten.concatenate, aten.slice_scatter}
+UNFILLED = {aten.empty, aten.empty_like, aten.new_empty}  # what parts are written into
 MOVES = PERMUTATIONS | RESHAPES | JOINS.keys() | {
     *(aten.expand, aten.repeat, aten.repeat_interleave, aten.slice, aten.narrow, aten.index_select, aten.index),
     *(aten.to, aten._to_copy, aten.clone, aten.contiguous, aten.alias, aten.detach, aten.roll, quarot.rotate),
@@ -71,7 +72,7 @@ def _followed_back(node: fx.Node) -> tuple[list[fx.Node], list[fx.Node]]:
     while pending:
         current = pending.pop(0)
         if packet(current) in CONCATENATIONS:  # an empty part is what a cache starts with
-            sources = [source for source in argument_nodes(current) if 0 not in value(source).shape]
+            sources = [source for source in argument_nodes(current) if is_tensor(source) and _has_content(source)]
         elif packet(current) in MOVES or current.target in (aten.linear.default, operator.getitem):
             sources = argument_nodes(current)[:1]
         elif current.target is quarot.dequantize.default and AUTHOR in current.meta:  # an activation, quantised by us
@@ -83,6 +84,10 @@ def _followed_back(node: fx.Node) -> tuple[list[fx.Node], list[fx.Node]]:
             passed[current] = None
             pending += sources
     return list(passed), list(origins)
+
+
+def _has_content(node: fx.Node) -> bool:
+    return packet(node) not in UNFILLED and 0 not in value(node).shape
 
 
 def _transforms(nodes: list[fx.Node]) -> Iterator[fx.Node]:
