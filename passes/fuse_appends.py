@@ -64,7 +64,11 @@ class FuseAppends(Pass):
             parts = [_parts(quantized, index) for index in range(3)]
             packed = [user for part in parts[0] for user in part.users if user.target is quarot.pack.default]
             copies = [user for pack in packed for user in pack.users if user.target is aten.index_copy.default]
+            if not packed:
+                continue
             if not copies:
+                reader = next((user for pack in packed for user in pack.users), packed[0])
+                report.decline(module_path(reader), f"codes are not written to positions: {reader.target} reads them")
                 continue
             sources = [packed, parts[1], parts[2]]
             if (reason := _reason_against(quantized, parts, sources)) is not None:
