@@ -47,12 +47,16 @@ def test_a_layer_has_one_op_for_keys_one_for_values_and_one_that_attends(stage, 
     assert max(one.difference for one in report.passes if "append" in one.name or "packed" in one.name) < 1e-9
 
 
-def test_a_window_that_moves_is_named():
-    names, report = fused(build(BY_NAME["gemma3_text"]), "static", "decode")
+def test_what_stays_in_a_window_is_named():
+    """A token goes to its place in the window; of a prompt that is longer, only the end does."""
+    model = build(BY_NAME["gemma3_text"])
+    names, report = fused(model, "static", "decode")
+    assert (names["append"], names["attend_packed"]) == (2 * LAYERS, LAYERS)
+    assert reasons(report, "fuse-appends") == (2 * LAYERS, [])
+    names, report = fused(model, "static", "prompt")
     matched, found = reasons(report, "fuse-appends")
-    assert names["append"] == matched == 2  # of the layer without a window
-    assert len(found) == 1
-    assert found[0].startswith("codes are not written to positions: ")
+    assert names["append_dequantize"] == matched == 2  # of the layer without a window
+    assert found == ["codes that are stored are those of aten.slice.Tensor, not of new tokens"]
 
 
 @pytest.mark.parametrize("kind", ["static", "growing"])
