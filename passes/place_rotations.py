@@ -193,7 +193,7 @@ def _candidates(graph: fx.Graph, analysis: Analysis, config: QuarotConfig) -> It
         axis = analysis.uses[read.user, read.place].axis(read.dim)
         if (codes := codes_of_cache(read)) is not None:
             # What is held rotated is read so: a few queries are rotated and not the whole cache, in every graph.
-            worth = REQUIRED if codes.read_by else IF_FREE
+            worth = REQUIRED if codes.is_rotated else IF_FREE
             written = tuple(turned[node] for node in codes.written_by if node in turned)
             yield Candidate(read.kind, read.user, module_path(read.user), axis, worth, written)
         elif (wanted.k_bits if read.kind == "key" else wanted.v_bits) != UNQUANTIZED_BITS:

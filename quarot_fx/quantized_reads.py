@@ -1,21 +1,26 @@
-"""Keys and values that a cache of the caller's holds as codes: they were quantised when they were written."""
+"""Keys and values that a cache of the caller's holds as codes: they were quantised when they were written.
+
+Or what they are made of is held, as of latent attention: what a linear layer makes of codes is never stored.
+"""
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import fx
 
-from quarot_fx.aliasing import PERMUTATIONS, RESHAPES, packet
+from quarot_fx import ops  # noqa: F401  registers torch.ops.quarot
+from quarot_fx.aliasing import JOINS, PERMUTATIONS, RESHAPES, packet
 from quarot_fx.attention import Read
 from quarot_fx.config import UNQUANTIZED_BITS
 from quarot_fx.graph import AUTHOR, argument_nodes, is_float, is_tensor, value
 
 aten, quarot = torch.ops.aten, torch.ops.quarot
-JOINS = {aten.cat, aten.concat, aten.concatenate}
-MOVES = PERMUTATIONS | RESHAPES | {
+CONCATENATIONS = {aten.cat, aten.concat, aten.concatenate}
+MOVES = PERMUTATIONS | RESHAPES | JOINS.keys() | {
     *(aten.expand, aten.repeat, aten.repeat_interleave, aten.slice, aten.narrow, aten.index_select, aten.index),
     *(aten.to, aten._to_copy, aten.clone, aten.contiguous, aten.alias, aten.detach, aten.roll, quarot.rotate),
 }  # fmt: skip
@@ -28,12 +33,12 @@ class CacheCodes:
 
     Attributes:
         bits: of a code; 16 if a part of what is read is not held as codes.
-        read_by: the transforms between the codes and attention.
+        is_rotated: keys or values themselves are held, in another basis.
         written_by: the transforms of new tokens before they are quantised.
     """
 
     bits: int
-    read_by: tuple[fx.Node, ...]
+    is_rotated: bool
     written_by: tuple[fx.Node, ...]
 
 
@@ -45,16 +50,17 @@ def codes_of_cache(read: Read) -> CacheCodes | None:
         return None
     bits, written = [], dict[fx.Node, None]()
     for node in held:
-        for operator in _operators_on_codes(node):
-            bits.append(int(operator.args[1]))  # type: ignore[arg-type]
-            if operator.target in QUANTIZATIONS:
-                written.update(dict.fromkeys(_transforms(_followed_back(argument_nodes(operator)[0])[0])))
+        for made in _operators_on_codes(node):
+            bits.append(int(made.args[1]))  # type: ignore[arg-type]
+            if made.target in QUANTIZATIONS:
+                written.update(dict.fromkeys(_transforms(_followed_back(argument_nodes(made)[0])[0])))
     most = max(bits) if bits and len(held) == len(origins) else UNQUANTIZED_BITS
-    return CacheCodes(most, tuple(_transforms(passed)), tuple(written))
+    is_rotated = any(_transforms(passed)) and not any(node.target is aten.linear.default for node in passed)
+    return CacheCodes(most, is_rotated, tuple(written))
 
 
 def _followed_back(node: fx.Node) -> tuple[list[fx.Node], list[fx.Node]]:
-    """Follow a tensor back through what moves, joins or rotates vectors.
+    """Follow a tensor back through what moves, joins or rotates vectors, and through linear layers.
 
     Returns:
         the nodes on the way, and those that it is made of.
@@ -64,10 +70,12 @@ def _followed_back(node: fx.Node) -> tuple[list[fx.Node], list[fx.Node]]:
     pending = [node]
     while pending:
         current = pending.pop(0)
-        if packet(current) in JOINS:  # an empty part is what a cache starts with
+        if packet(current) in CONCATENATIONS:  # an empty part is what a cache starts with
             sources = [source for source in argument_nodes(current) if 0 not in value(source).shape]
-        elif packet(current) in MOVES:
+        elif packet(current) in MOVES or current.target in (aten.linear.default, operator.getitem):
             sources = argument_nodes(current)[:1]
+        elif current.target is quarot.dequantize.default and AUTHOR in current.meta:  # an activation, quantised by us
+            sources = [argument_nodes(made)[0] for made in _operators_on_codes(current)]
         else:
             origins[current] = None
             continue

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from caches import SimulatedCache, double_model, logits_in_chunks, make
@@ -10,6 +12,7 @@ from transformers import CompileConfig
 
 from quarot_fx import QuarotCache
 from quarot_fx.cache.growing import PAGE
+from quarot_fx.cache.static import may_read
 
 LENGTH, PROMPT, ROOM = 16, 5, 40
 BOTH = {"sliding_window": 8, "layer_types": ["sliding_attention", "full_attention"]}
@@ -104,3 +107,13 @@ def test_tensors_made_by_the_first_call():
     compiled = torch.compile(model, backend="eager", fullgraph=True)
     cache = QuarotCache(model.config, ROOM)
     assert_says_the_same(logits_in_chunks(compiled, cache, ids, PROMPT, *(1,) * (LENGTH - PROMPT)), model, ids)
+
+
+def test_a_traced_graph_asks_nothing_of_the_stream(monkeypatch):
+    asked = []
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: asked.append(True) or False)
+    on_gpu = SimpleNamespace(device=torch.device("cuda"))
+    assert may_read(on_gpu)
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    assert not may_read(on_gpu)
+    assert asked == [True]

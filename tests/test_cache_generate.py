@@ -34,14 +34,23 @@ def assert_says_the_same(model, kind, sequences=1, batch=1, **options):
     cache = make(kind, model, ROOM, batch_size=batch * sequences)
     out = generate(model, ids, cache, **options)
     assert out.sequences.tolist() == expected.sequences.tolist()
-    torch.testing.assert_close(out.logits, expected.logits, rtol=0, atol=1e-4)
+    torch.testing.assert_close(out.logits, expected.logits, rtol=0, atol=1e-6)
     return cache
 
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("name", MODELS)
+def test_greedy(name, kind):
+    assert_says_the_same(double_model(name, **MODELS[name]), kind, batch=2)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("name", MODELS)
 def test_greedy_in_float32(name, kind):
-    assert_says_the_same(tiny_model(name, **MODELS[name]), kind, batch=2)
+    """Token for token; logits may differ where a number lies at the border of its code."""
+    model, ids = tiny_model(name, **MODELS[name]), random_token_ids(2, PROMPT)
+    expected = generate(model, ids, SimulatedCache(model)).tolist()
+    assert generate(model, ids, make(kind, model, ROOM, batch_size=2)).tolist() == expected
 
 
 @pytest.mark.parametrize("kind", KINDS)

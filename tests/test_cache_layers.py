@@ -204,6 +204,15 @@ def test_reset_and_crop_leave_no_nan_behind():
         layer.reset()
 
 
+def test_a_static_layer_is_as_new_when_all_is_taken_back():
+    layer = MAKE["static"]()
+    layer.update(*keys_and_values(1, 4))
+    assert layer.get_mask_sizes(3) == (ROOM, 0)
+    layer.crop(-4)
+    assert layer.get_mask_sizes(3) == (3, 0)
+    assert layer.get_seq_length() == 0
+
+
 def test_tensors_made_in_inference_mode_serve_outside_of_it():
     for make in MAKE.values():
         layer = make()

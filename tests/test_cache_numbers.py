@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import tiny_decoders
 import torch
-from caches import SimulatedCache, double_model, logits_in_chunks, make
+from caches import SimulatedCache, double_model, in_double, logits_in_chunks, make
 from models import random_token_ids, tiny_model
 from transformers import AutoModelForCausalLM
 
@@ -115,10 +115,10 @@ def test_half_precision(dtype, kind):
 @pytest.mark.parametrize("name", ["deepseek_v3", "jamba", "qwen3_next", "gemma3n_text", "llama4_text", "gpt_bigcode"])
 def test_other_architectures(name, kind):
     decoder = tiny_decoders.build(name)
-    model, ids = decoder.model, decoder.inputs["input_ids"][:1]
+    model, ids = in_double(decoder.model), decoder.inputs["input_ids"][:1]
     expected = logits_in_chunks(model, SimulatedCache(model), ids, 9, *(1,) * 7)
     logits = logits_in_chunks(model, make(kind, model, ROOM), ids, 9, *(1,) * 7)
-    torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(logits, expected, rtol=0, atol=1e-6)
 
 
 @pytest.mark.skipif(not BABYLLAMA.exists(), reason="a trained tiny Llama is not there")

@@ -204,8 +204,9 @@ def tiny_t5():
         (lambda: tiny_decoders.build("mamba").model, None, "none of its layers stores the keys and values of tokens"),
         (lambda: tiny_decoders.build("blt").model, None, "transformers itself makes none of this kind for it"),
         (lambda: tiny_decoders.build("gpt_neo").model, 20, "its masks do not hide room that no token has filled"),
+        (lambda: tiny_decoders.build("cpmant").model, 20, "it takes all tokens at every step, not the new ones alone"),
     ],
-    ids=["module", "encoder-decoder", "own kind", "none at all", "states alone", "unknown", "own masks"],
+    ids=["module", "encoder-decoder", "own kind", "none at all", "states alone", "unknown", "own masks", "all tokens"],
 )
 def test_models_that_get_none(make, room, message):
     with pytest.raises(errors.CacheModelError) as caught:

@@ -379,6 +379,8 @@ def test_a_dataset_needs_its_library_and_is_read_from_its_train_split(monkeypatc
     monkeypatch.setitem(__import__("sys").modules, "datasets", datasets)
     assert calibration_tokens("wikitext2", by_characters, 5, 10, 0).shape == (5, 10)
     assert calibration_tokens("me/mine:a", by_characters, 5, 10, 0).shape == (5, 10)
+    with pytest.raises(NotFoundError, match="found no text 'wikitext'"):
+        calibration_tokens("wikitext", by_characters, 5, 10, 0)
 
 
 def test_the_report_is_data(tmp_path):

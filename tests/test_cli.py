@@ -17,8 +17,9 @@ from typer.testing import CliRunner
 
 from quarot_fx.cli import app
 from quarot_fx.cli.perplexity import measure
-from quarot_fx.cli.settings import DEFAULT_SETTINGS, parse_options, parse_setting
+from quarot_fx.cli.settings import DEFAULT_SETTINGS, parse_gptq_options, parse_options, parse_setting
 from quarot_fx.errors import NotFoundError, OptionError, UnknownOptionError
+from quarot_fx.progress import track
 from quarot_fx.text import read_text, split_windows
 
 BITS = st.sampled_from([2, 3, 4, 5, 6, 7, 8, 16])
@@ -60,6 +61,17 @@ def test_options_are_added_to_a_setting():
     assert options.items() <= parse_setting("W8", options).options.items()
 
 
+def test_gptq_and_options_of_one_setting():
+    spelled_out, short = parse_setting("W4A4KV4 with GPTQ"), parse_setting("W4A4KV4-gptq")
+    assert spelled_out.options == short.options == {**parse_setting("W4A4KV4").options, "w_rounding": "gptq"}
+    assert parse_setting("W4A4KV4").gptq is None
+    assert short.gptq == {}
+    setting = parse_setting("W4-norot-gptq{act_order=True w_group=64 target=model}", {"w_group": 32, "w_sym": False})
+    assert setting.gptq == {"act_order": True, "target": "model"}
+    assert {"w_group": 64, "w_sym": False, "rotation": "none"}.items() <= setting.options.items()
+    assert parse_gptq_options(["damping=0.1", "target=model"]) == {"damping": 0.1, "target": "model"}
+
+
 def test_mistakes_in_settings_are_typed():
     with pytest.raises(UnknownOptionError, match="Did you mean 'W4A4KV4'"):
         parse_setting("W4A4KV")
@@ -69,6 +81,12 @@ def test_mistakes_in_settings_are_typed():
         parse_options(["kv_groups=32"])
     with pytest.raises(OptionError, match="NAME=VALUE"):
         parse_options(["kv_group"])
+    with pytest.raises(UnknownOptionError, match="Did you mean 'act_order'"):
+        parse_gptq_options(["act_ordre=True"])
+    with pytest.raises(OptionError, match="damping=-1"):
+        parse_setting("W4-gptq{damping=-1}")
+    with pytest.raises(UnknownOptionError, match="unknown option 'act_order'"):
+        parse_setting("W4{act_order=True}")
 
 
 # -- perplexity --------------------------------------------------------------------------------------
@@ -101,11 +119,33 @@ def test_perplexity_is_that_of_the_loss_that_transformers_computes():
     assert measure(model, windows, "tiny").perplexity == pytest.approx(expected.item(), rel=1e-5)
 
 
+def test_windows_in_batches_of_one_shape():
+    shapes = []
+
+    def model(input_ids, use_cache):
+        shapes.append(tuple(input_ids.shape))
+        return SimpleNamespace(logits=torch.nn.functional.one_hot(input_ids, 256).float())
+
+    windows = torch.arange(80).view(5, 16)
+    expected = measure(model, windows, "one by one").perplexity
+    shapes.clear()
+    assert measure(model, windows, "two at a time", batch=2).perplexity == pytest.approx(expected)
+    assert shapes == [(2, 16)] * 3
+
+
+def test_progress_shows_lines_where_there_is_no_terminal(capsys, monkeypatch):
+    monkeypatch.setattr("quarot_fx.progress.SECONDS_BETWEEN_LINES", 0)
+    assert list(track([1, 2, 3], "steps")) == [1, 2, 3]
+    assert [line.partition(" in ")[0] for line in capsys.readouterr().err.splitlines()] == [
+        f"steps: {done}/3" for done in range(3)
+    ]
+
+
 def test_texts_by_name_and_by_path(tmp_path):
     assert len(read_text("pydoc")) > 100_000
     (tmp_path / "text.txt").write_text("hé", encoding="utf-8")
     assert read_text(str(tmp_path / "text.txt")) == "hé"
-    with pytest.raises(NotFoundError, match="'wikitext2' or 'pydoc'"):
+    with pytest.raises(NotFoundError, match="'wikitext2', 'c4', a dataset on the Hugging Face hub or 'pydoc'"):
         read_text(str(tmp_path / "none.txt"))
 
 
@@ -176,6 +216,37 @@ def test_explain_stops_after_a_pass(tiny_folder, tmp_path):
     run("explain", tiny_folder, "--stop-after", whole[1], "--json", tmp_path / "part.json")
     part = [one["name"] for one in json.loads((tmp_path / "part.json").read_text())["passes"]]
     assert part == [*whole[:2], "fold-constants"]  # which always comes last
+
+
+def test_eval_calibrates_on_a_text(tiny_folder, tmp_path):
+    settings, file = "float,W4A8-gptq{act_order=True}", tmp_path / "out.json"
+    shape = ("--windows", 3, "--window-length", 16, "--batch", 2, "--settings", settings)
+    assert "needs a text to calibrate on" in run("eval", tiny_folder, *shape, exit_code=1)
+    data = ("--calibration", "pydoc", "--samples", 5, "--gptq", "damping=0.1")
+    run("eval", tiny_folder, *shape, *data, "--json", file)
+    record = json.loads(file.read_text())
+    assert record["calibration"] == {"text": "pydoc", "samples": 5}
+    of_float, of_gptq = record["results"]
+    assert "gptq" not in of_float
+    assert (of_gptq["gptq"]["act_order"], of_gptq["gptq"]["damping"]) == (True, 0.1)
+    assert of_gptq["options"]["w_rounding"] == "gptq"
+    assert of_gptq["ratio"] == pytest.approx(1, abs=0.2)
+
+
+def test_eval_writes_what_it_knows_after_every_setting(tiny_folder, tmp_path, monkeypatch):
+    def fail(model, *arguments):
+        if fail.calls:
+            raise KeyboardInterrupt
+        fail.calls += 1
+        return measure(model, *arguments)
+
+    fail.calls, file = 0, tmp_path / "out.json"
+    monkeypatch.setattr("quarot_fx.cli.perplexity.measure", fail)
+    shape = ("--windows", 2, "--window-length", 16, "--settings", "float,W4A8")
+    result = CliRunner().invoke(app, ["eval", str(tiny_folder), *map(str, shape), "--json", str(file)])
+    assert result.exit_code != 0
+    assert [one["setting"] for one in json.loads(file.read_text())["results"]] == ["float"]
+    assert [path.name for path in tmp_path.iterdir()] == ["out.json"]
 
 
 def test_explain_needs_no_tokenizer(tmp_path):

@@ -1,5 +1,5 @@
-"""``generate`` of compiled models with a cache of few bits: tokens are those of a graph without a cache, and nothing is
-compiled again once all graphs have been.
+"""``generate`` of models that the backend compiles, with a cache of few bits: tokens are those of a graph without a
+cache, and nothing is compiled again once all graphs have been.
 """
 
 from __future__ import annotations
@@ -154,5 +154,5 @@ def test_compile_config_in_four_bits(graphs):
     step = torch.compile(model, backend="quarot", options={"nested_backend": "eager"})
     calls = [(model, ids), *((step, token[:, None]) for token in out.sequences[:, PROMPT:-1].T)]
     with torch.no_grad():
-        expected = [call(tokens, past_key_values=cache).logits[:, -1] for call, tokens in calls]
+        expected = [call(tokens, past_key_values=cache).logits[:, -1].float() for call, tokens in calls]
     torch.testing.assert_close(list(out.logits), expected, rtol=0, atol=1e-6)

@@ -18,6 +18,8 @@ pytest.importorskip("triton", reason="kernels need Triton, which is there for Li
 from quarot_fx.lowering import triton as kernels  # registers the provider
 from quarot_fx.lowering.triton import tiles
 from quarot_fx.lowering.triton.device import Device
+from quarot_fx.lowering.triton.rotation_matrices import split
+from quarot_fx.rotation import Rotation
 
 pytestmark = pytest.mark.kernels
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -89,12 +91,15 @@ def test_nan_shows_in_its_row_only(symmetric: bool, count: int) -> None:
 # -- rotations ----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("size", [960, 14336])  # two matrices, three matrices
+@pytest.mark.parametrize("size", [4096, 8960, 14336])  # of which the second fills no block
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("symmetric", [True, False])
 def test_several_programs_make_of_a_row_what_one_makes(size: int, dtype: torch.dtype, symmetric: bool) -> None:
     from quarot_fx.lowering.triton.rotate_quantize import rotate_quantize
 
+    whole = split(Rotation.parse(f"hadamard-{size}"), size, inner=1)
+    assert whole is not None
+    assert whole.has_parts
     x, gate = torch.randn(2, 3, size, generator=torch.Generator().manual_seed(0)).to(dtype)
     x[0, 3], x[1] = torch.nan, 0
     arguments = on_device((x, gate, "silu", f"hadamard-{size}", 1, 4, None, 0.9, symmetric, torch.int8))

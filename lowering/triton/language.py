@@ -272,10 +272,10 @@ def _sigmoid(x, dtype: tl.constexpr):
     if INTERPRETED or dtype == tl.float32:
         y = _quotient(1.0, 1 + tl.exp(-x))
     else:
-        half = tl.inline_asm_elementwise(
+        tanh = tl.inline_asm_elementwise(
             "tanh.approx.f32 $0, $1;", "=f,f", [0.5 * x], dtype=tl.float32, is_pure=True, pack=1
         )
-        y = tl.fma(half, 0.5, 0.5)
+        y = tl.fma(tanh, 0.5, 0.5)
     return y
 
 

@@ -98,7 +98,7 @@ def rotate_quantize(
     x, stride_x = rows_of(x)
     gate, stride_gate = (None, 0) if gate is None else rows_of(gate)
     factors, filled = matrices(cut, x.device, x.dtype), (codes, scale, None if symmetric else zero, sums)
-    if part and cut.has_middle:
+    if part and cut.has_parts:
         strides = stride_x, stride_gate
         launch_parts(x, gate, strides, factors, filled, cut.norm, clip, activation, bits, part, parameters)
     else:

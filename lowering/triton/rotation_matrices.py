@@ -52,9 +52,9 @@ class Split:
         return a, b, max(c, SMALLEST_BLOCK)
 
     @property
-    def has_middle(self) -> bool:
-        """Whether a matrix rotates the second axis, so that a row falls into parts for the other two."""
-        return bool(self.sides[1])
+    def has_parts(self) -> bool:
+        """Whether the first two axes are rotated: a row then falls into parts, each large enough for a tensor core."""
+        return bool(self.sides[0] and self.sides[1])
 
     @property
     def elements(self) -> int:

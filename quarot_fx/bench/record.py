@@ -173,14 +173,18 @@ class ModelTime:
         layers: how many decoder layers.
         backend: what compiled it.
         phase: ``"prefill"``: ``tokens`` at once, without a cache. ``"decode"``: one token after ``tokens`` in a cache.
+        tokens: of each sequence.
         milliseconds: of one call, or ``None`` for the reason that there is none.
         compile_seconds: the first call, which compiles.
         graphs: that were compiled for it.
         cudagraph_skips: times that Inductor declined to make a CUDA graph.
         weight_bytes: held between calls, without the cache.
+        cache_bytes: of keys and values.
         peak_bytes: allocated at once while it runs.
         compile_peak_bytes: allocated at once while it compiles.
         reason: why there is no time.
+        sequences: that run together.
+        cache_bits: of keys and values in the cache.
     """
 
     model: str
@@ -196,6 +200,19 @@ class ModelTime:
     peak_bytes: int | None = None
     compile_peak_bytes: int | None = None
     reason: str | None = None
+    sequences: int = 1
+    cache_bits: int = 16
+    cache_bytes: int | None = None
+
+    @property
+    def work(self) -> tuple[str, str, int, int]:
+        """What is compared: model, phase, sequences and tokens."""
+        return self.model, self.phase, self.sequences, self.tokens
+
+    @property
+    def way(self) -> str:
+        """How it was done: by which backend, and with which cache."""
+        return self.backend if self.cache_bits == 16 else f"{self.backend}, {self.cache_bits}-bit cache"
 
 
 @dataclass

@@ -38,7 +38,7 @@ def tables(record: Record) -> Iterator[RenderableType]:
     for title, times in (("one decoder layer", record.layers), ("models with random weights", record.models)):
         if times:
             yield _model_table(title, times)
-            yield from _reasons((f"{time.model} {time.phase}, {time.backend}", time.reason) for time in times)
+            yield from _reasons((f"{time.model} {time.phase}, {time.way}", time.reason) for time in times)
 
 
 def _table(title: str, names: Sequence[str], numbers: Sequence[str]) -> Table:
@@ -118,29 +118,39 @@ def _gated_table(times: Sequence[GatedTime]) -> Table:
 
 
 def _model_table(title: str, times: Sequence[ModelTime]) -> Table:
-    numbers = ("ms", "speed-up", "weights", "peak", "compiled in", "at a peak of", "graphs", "without CUDA graph")
+    numbers = (
+        "ms",
+        "speed-up",
+        "weights",
+        "cache",
+        "peak",
+        "compiled in",
+        "at a peak of",
+        "graphs",
+        "without CUDA graph",
+    )
     table = _table(title, ("model", "phase", "by"), numbers)
     found = speedups(times)
     for t in times:
-        phase = f"{t.phase} {t.tokens}"
+        phase = f"{t.phase} {t.sequences} x {t.tokens}"
         if t.milliseconds is None:
-            table.add_row(t.model, phase, t.backend, *("-" for _ in numbers))
+            table.add_row(t.model, phase, t.way, *("-" for _ in numbers))
             continue
-        speedup = found.get((t.model, t.phase, t.tokens, t.backend))
+        speedup = found.get((*t.work, t.way))
         compiled_in = f"{t.compile_seconds:.0f} s" if t.compile_seconds else "-"
         table.add_row(
-            t.model, phase, t.backend, f"{t.milliseconds:.2f}", f"{speedup:.2f}x" if speedup else "-",
-            _gibibytes(t.weight_bytes), _gibibytes(t.peak_bytes), compiled_in,
+            t.model, phase, t.way, f"{t.milliseconds:.2f}", f"{speedup:.2f}x" if speedup else "-",
+            _gibibytes(t.weight_bytes), _gibibytes(t.cache_bytes), _gibibytes(t.peak_bytes), compiled_in,
             _gibibytes(t.compile_peak_bytes), str(t.graphs), str(t.cudagraph_skips),
         )  # fmt: skip
     return table
 
 
-def speedups(times: Iterable[ModelTime], baseline: str = "bfloat16") -> dict[tuple[str, str, int, str], float]:
-    """Return how many times faster than the baseline each is, by model, phase, tokens and backend."""
-    measured = {(t.model, t.phase, t.tokens, t.backend): t.milliseconds for t in times if t.milliseconds}
-    slow = {key[:3]: milliseconds for key, milliseconds in measured.items() if key[3] == baseline}
-    return {key: slow[key[:3]] / milliseconds for key, milliseconds in measured.items() if key[:3] in slow}
+def speedups(times: Iterable[ModelTime], baseline: str = "bfloat16") -> dict[tuple[str, str, int, int, str], float]:
+    """Return how many times faster than the baseline each is, by what was done and how."""
+    measured = {(t.work, t.way): t.milliseconds for t in times if t.milliseconds}
+    slow = {work: milliseconds for (work, way), milliseconds in measured.items() if way == baseline}
+    return {(*work, way): slow[work] / time for (work, way), time in measured.items() if work in slow}
 
 
 def _gibibytes(count: int | None) -> str:

@@ -86,6 +86,8 @@ def _check_masks(model: PreTrainedModel, max_cache_len: int) -> None:
         logits = [_logits_of_a_token(model, cache) for cache in (empty, filled)]
     except RuntimeError as error:
         raise _no_cache_for(model, f"with one that has room for more tokens it fails: {error}", GROW) from error
+    if not logits[0].numel():
+        raise _no_cache_for(model, "it takes all tokens at every step, not the new ones alone", GROW)
     if relative_difference(logits[:1], logits[1:]) > TOLERANCE:
         raise _no_cache_for(model, "its masks do not hide room that no token has filled", GROW)
 

@@ -10,9 +10,9 @@ from transformers import DynamicCache, PretrainedConfig, StaticCache
 from transformers.cache_utils import (
     Cache,
     CacheLayerMixin,
-    DummyLayer,
     DynamicLayer,
     DynamicSlidingWindowLayer,
+    LinearAttentionCacheLayerMixin,
 )
 
 from quarot_fx.cache.growing import GrowingLayer
@@ -165,8 +165,8 @@ def _tensors(value: Any) -> list[Tensor]:
 
 
 def _why_not_ours(layer: Any) -> str:
-    if isinstance(layer, DummyLayer):
-        return "it stores nothing"
     if isinstance(layer, CacheLayerMixin):
         return "it stores more than keys and values"
-    return "it stores a state, not the keys and values of tokens"
+    if isinstance(layer, LinearAttentionCacheLayerMixin):
+        return "it stores a state, not the keys and values of tokens"
+    return "it stores nothing"

@@ -132,5 +132,6 @@ class StaticLayer(PackedLayer):
 
 def may_read(tensor: Tensor) -> bool:
     """Whether a tensor's value may become a number now: not while a graph is traced or recorded."""
-    is_recorded = tensor.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
-    return not (torch.compiler.is_compiling() or is_recorded)
+    if torch.compiler.is_compiling():  # first: to ask for the stream would break the graph
+        return False
+    return not (tensor.device.type == "cuda" and torch.cuda.is_current_stream_capturing())

@@ -50,7 +50,8 @@ def calibrate(
     Args:
         model: an ``nn.Module`` in eval mode that takes token ids [batch, length] first; it has to trace to one graph.
         data: token ids [n, length], or a list of such; a text file; or the name of a dataset: ``"wikitext2"``, ``"c4"``
-            or one on the Hugging Face hub, ``"NAME"`` or ``"NAME:CONFIG"``, whose train split has a column ``text``.
+            or one on the Hugging Face hub, ``"OWNER/NAME"`` or ``"OWNER/NAME:CONFIG"``, whose train split has a column
+            ``text``.
         tokenizer: of a text, as transformers calls it.
         samples: windows that are drawn from a text.
         length: tokens in a window of a text.

@@ -8,6 +8,7 @@ import shlex
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
@@ -38,6 +39,8 @@ class Choice:
     peers: list[str] | None
     models: list[str] | None
     phases: list[str] | None
+    sequences: list[int] | None
+    cache_bits: list[int] | None
     options: dict[str, Any]
 
 
@@ -53,6 +56,12 @@ def bench(
     ] = None,
     models: Annotated[str | None, typer.Option(help="Whose shape layers and models have, separated by commas.")] = None,
     phases: Annotated[str | None, typer.Option(help="Of layers and models: prefill, decode or both.")] = None,
+    sequences: Annotated[
+        str | None, typer.Option(help="Of layers and models: how many run together, separated by commas.")
+    ] = None,
+    cache_bits: Annotated[
+        str | None, typer.Option(help="Of the cache in decode, separated by commas; 16 is an ordinary one.")
+    ] = None,
     option: OptionAssignments = None,
     tune: Annotated[Path | None, typer.Option(help="Search for launch parameters, and write them here.")] = None,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write the numbers here, one by one.")] = None,
@@ -64,11 +73,13 @@ def bench(
     from quarot_fx.bench.tables import tables
 
     choice = Choice(
-        tokens=_list(tokens, _parse_tokens),
+        tokens=_list(tokens, partial(_parse_count, "tokens")),
         shapes=_list(shapes, _parse_shape),
         peers=_list(peers, str),
         models=_list(models, str),
         phases=_list(phases, str),
+        sequences=_list(sequences, partial(_parse_count, "sequences")),
+        cache_bits=_list(cache_bits, partial(_parse_count, "cache_bits")),
         options=parse_options(option or ()),
     )
     for part in parts or ():
@@ -184,7 +195,7 @@ def _decoders(
     measure: Callable[[dict[str, DecoderShape], dict[str, Compile], Workload], Iterator[Any]],
     choice: Choice,
 ) -> Rows:
-    from quarot_fx.bench.models import PHASES, TOKENS, Workload, compilers
+    from quarot_fx.bench.models import BFLOAT16, PHASES, TOKENS, Workload, compilers
     from quarot_fx.bench.shapes import MODELS
     from quarot_fx.extras import import_extra
 
@@ -197,9 +208,17 @@ def _decoders(
         if model not in MODELS:
             raise UnknownOptionError("model", model, MODELS)
     shapes = {model: MODELS[model] for model in choice.models or MODELS}
-    workloads = [Workload(tokens, tuple(phases)) for tokens in choice.tokens or (TOKENS,)]
     compile_by = compilers(choice.options)
-    return ((name, time) for workload in workloads for time in measure(shapes, compile_by, workload))
+
+    def rows() -> Rows:
+        for sequences, tokens in itertools.product(choice.sequences or (1,), choice.tokens or (TOKENS,)):
+            for bits in choice.cache_bits or (BFLOAT16,):
+                workload = Workload(tokens, sequences, bits, tuple(phases))
+                # Only what quarot compiles makes use of codes: other backends would decode all of them at each step.
+                chosen = compile_by if bits == BFLOAT16 else {"quarot": compile_by["quarot"]}
+                yield from ((name, time) for time in measure(shapes, chosen, workload))
+
+    return rows()
 
 
 PARTS: dict[str, Callable[[Choice], Rows]] = {
@@ -228,9 +247,9 @@ def _list(text: str | None, parse: Callable[[str], T]) -> list[T] | None:
     return None if text is None else [parse(item.strip()) for item in text.split(",") if item.strip()]
 
 
-def _parse_tokens(text: str) -> int:
+def _parse_count(name: str, text: str) -> int:
     if not text.isdecimal() or not int(text):
-        raise OptionError(name="tokens", value=text, reason="is not a number of tokens, 1 or more")
+        raise OptionError(name=name, value=text, reason="is not a number, 1 or more")
     return int(text)
 
 
