@@ -10,8 +10,8 @@ from typing import Any, ClassVar
 import torch
 from torch import fx
 
-from quarot_fx.aliasing import argument
-from quarot_fx.graph import FROZEN, Inserter, after, is_tensor, module_path, reads_values, value
+from quarot_fx.aliasing import argument, equal_sizes
+from quarot_fx.graph import FROZEN, Constants, Inserter, after, is_tensor, module_path, reads_values, value
 from quarot_fx.passes.base import Pass
 from quarot_fx.passes.fusion import insert_fused
 from quarot_fx.program import Program
@@ -60,17 +60,22 @@ class FuseAppends(Pass):
     tolerance: ClassVar[float | None] = None  # it computes in float32
 
     def run(self, program: Program, report: PassReport) -> None:
-        for quantized in program.graph.find_nodes(op="call_function", target=quarot.quantize_asymmetric.default):
+        constants = Constants(program.graph)
+        for packed in program.graph.find_nodes(op="call_function", target=quarot.pack.default):
+            if packed in constants:  # a weight's codes
+                continue
+            quantized = _quantization_of(argument(packed, "codes"))
+            if quantized is None:
+                made_by = argument(packed, "codes").target
+                report.decline(module_path(packed), f"codes that are stored are those of {made_by}, not of new tokens")
+                continue
             parts = [_parts(quantized, index) for index in range(3)]
-            packed = [user for part in parts[0] for user in part.users if user.target is quarot.pack.default]
-            copies = [user for pack in packed for user in pack.users if user.target is aten.index_copy.default]
-            if not copies:
-                continue
-            sources = [packed, parts[1], parts[2]]
-            if (reason := _reason_against(quantized, parts, sources)) is not None:
-                report.decline(module_path(copies[0]), reason)
-                continue
-            self._fuse(quantized, parts, [_write(source[0]) for source in sources], report)
+            sources = [packed, *(_written(part) for part in parts[1:])]
+            reason = _reason_against(quantized, parts, sources)
+            if reason is not None:
+                report.decline(module_path(packed), reason)
+            else:
+                self._fuse(quantized, parts, [_write(rows) for rows in sources], report)
 
     def _fuse(self, quantized: fx.Node, parts: list[list[fx.Node]], writes: list[Write], report: PassReport) -> None:
         source = _source(quantized)
@@ -94,9 +99,32 @@ class FuseAppends(Pass):
             write.written.replace_all_uses_with(write.cache)
 
 
+def _quantization_of(codes: fx.Node) -> fx.Node | None:
+    """Return the quantisation whose codes these are, all of them, or ``None`` if they are anything else."""
+    while codes.target is aten.slice.Tensor and _takes_all(codes):
+        codes = codes.all_input_nodes[0]
+    is_part = codes.target is operator.getitem and codes.args[1] == 0
+    made = codes.all_input_nodes[0] if is_part else codes
+    return made if made.target is quarot.quantize_asymmetric.default else None
+
+
+def _takes_all(view: fx.Node) -> bool:
+    return equal_sizes(value(view).shape, value(view.all_input_nodes[0]).shape)
+
+
 def _parts(quantized: fx.Node, index: int) -> list[fx.Node]:
-    """Return the nodes that take one result, codes, scale or zero, of a quantisation."""
-    return [user for user in quantized.users if user.target is operator.getitem and user.args[1] == index]
+    """Return the nodes that are one result, codes, scale or zero, of a quantisation, slices of all of it among them."""
+    pending = [user for user in quantized.users if user.target is operator.getitem and user.args[1] == index]
+    found: list[fx.Node] = []
+    while pending:
+        found.append(pending.pop())
+        pending += [user for user in found[-1].users if user.target is aten.slice.Tensor and _takes_all(user)]
+    return found
+
+
+def _written(parts: list[fx.Node]) -> fx.Node | None:
+    """Return which of the nodes that are one result is written to positions."""
+    return next((part for part in parts for user in part.users if user.target is aten.index_copy.default), None)
 
 
 def _reads_of_codes(parts: list[list[fx.Node]]) -> Iterator[fx.Node]:
@@ -107,7 +135,7 @@ def _reads_of_codes(parts: list[list[fx.Node]]) -> Iterator[fx.Node]:
             yield user
 
 
-def _write(rows: fx.Node) -> Write:
+def _write(rows: Any) -> Write:
     """Return the only write of rows, which :func:`_reason_against` found there."""
     (written,) = (user for user in rows.users if user.target is aten.index_copy.default)
     (kept,) = (user for user in written.users if user.target is aten.copy_.default)
@@ -127,25 +155,23 @@ def _source(quantized: fx.Node) -> Source:
     return Source(x)
 
 
-def _reason_against(quantized: fx.Node, parts: list[list[fx.Node]], sources: list[list[fx.Node]]) -> str | None:
-    if any(len(source) != 1 for source in sources):
-        return "codes, scale and zero point are not written once each"
+def _reason_against(quantized: fx.Node, parts: list[list[fx.Node]], sources: list[fx.Node | None]) -> str | None:
     positions, reads = set(), set(_reads_of_codes(parts))
-    for name, (rows,) in zip(("codes", "scales", "zero points"), sources, strict=True):
-        copies = [user for user in rows.users if user.target is aten.index_copy.default]
-        if len(copies) != 1:
-            return f"{name} are written {len(copies)} times"
+    expected = {*reads, *(part for same in parts for part in same), sources[0]}
+    for name, rows in zip(("codes", "scales", "zero points"), sources, strict=True):
+        copies = [user for user in rows.users if user.target is aten.index_copy.default] if rows is not None else []
+        if rows is None or len(copies) != 1:
+            return f"{name} are written to positions of a cache {len(copies)} times"
         if (reason := _reason_against_write(name, copies[0], rows)) is not None:
             return reason
-        others = [user for user in rows.users if user is not copies[0] and user not in reads]
-        if others:
-            return f"{name} are also read by {others[0].target} {others[0].name}"
         positions.add(argument(copies[0], "index"))
+        expected.add(copies[0])
     if len(positions) > 1:
         return "codes, scale and zero point are written to different positions"
-    others = [user for codes in parts[0] for user in codes.users if user not in {*sources[0], *reads}]
-    if others:
-        return f"codes are also read by {others[0].target} {others[0].name}"
+    for rows in (*(part for same in parts for part in same), sources[0]):
+        others = [user for user in rows.users if user not in expected] if rows is not None else []
+        if others:
+            return f"codes are also read by {others[0].target} {others[0].name}"
     dtype = value(argument(quantized, "x")).dtype
     for read in reads:
         if argument(read, "dtype") != dtype:
