@@ -25,6 +25,7 @@ def evaluate(
     ] = None,
     windows: Annotated[int | None, typer.Option(min=1, help="Only the first N windows.")] = None,
     window_length: Annotated[int, typer.Option(min=2, help="Tokens in a window.")] = 2048,
+    batch: Annotated[int, typer.Option(min=1, help="Windows that the model gets at a time.")] = 1,
     tasks: Annotated[str | None, typer.Option(help="Tasks of lm-eval, separated by commas: piqa,arc_easy.")] = None,
     include_path: Annotated[Path | None, typer.Option(help="A folder of tasks in lm-eval's format.")] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Only the first N questions of a task.")] = None,
@@ -49,9 +50,10 @@ def evaluate(
 
     from quarot_fx.cli.environment import describe_environment
     from quarot_fx.cli.models import compile_model, load_model
-    from quarot_fx.cli.perplexity import TextWindows, measure
+    from quarot_fx.cli.perplexity import measure
     from quarot_fx.cli.results import Results
     from quarot_fx.cli.tasks import Tasks
+    from quarot_fx.cli.windows import TextWindows
     from quarot_fx.text import fingerprint, most_windows, read_text, split_windows
 
     if text is None and tasks is None:
@@ -78,7 +80,7 @@ def evaluate(
         try:
             runnable = compile_model(network, setting, nested_backend)
             if of_text is not None:
-                row |= asdict(measure(runnable, of_text.token_ids, setting.name))
+                row |= asdict(measure(runnable, of_text.token_ids, setting.name, batch))
             if harness is not None:
                 row |= harness.measure(runnable, network, tokenizer)
         except QuarotError as error:
@@ -86,6 +88,7 @@ def evaluate(
                 raise
             row["reason"] = str(error)
         results.add(row)
+        Console(stderr=True).print(results.latest(), markup=False, soft_wrap=True)
         if json_file:  # now already: a long run may be cut short
             results.write(json_file)
         runnable = None

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from quarot_fx.progress import progress_bar
+from quarot_fx.progress import track
 
 
 @dataclass(frozen=True)
@@ -18,7 +18,7 @@ class Measurement:
 
     Attributes:
         perplexity: exp of the mean loss over all windows.
-        first_seconds: of the first window, which compilation belongs to.
+        first_seconds: of the first batch of windows, which compilation belongs to.
         seconds: of all windows.
     """
 
@@ -27,46 +27,23 @@ class Measurement:
     seconds: float
 
 
-@dataclass(frozen=True)
-class TextWindows:
-    """Windows of a text, whose perplexity is to be measured.
-
-    Attributes:
-        name: of the text.
-        sha256: of the text.
-        token_ids: int64 [windows, length].
-    """
-
-    name: str
-    sha256: str
-    token_ids: torch.Tensor
-
-    @property
-    def title(self) -> str:
-        """What is measured, in words."""
-        windows, length = self.token_ids.shape
-        return f"{self.name}, {windows} windows of {length} tokens"
-
-    @property
-    def about(self) -> dict[str, Any]:
-        """What is measured, for JSON."""
-        windows, length = self.token_ids.shape
-        return {"text": {"name": self.name, "sha256": self.sha256}, "windows": windows, "window_length": length}
-
-
 @torch.no_grad()
-def window_loss(model: Any, window: torch.Tensor) -> float:
-    """Return the mean negative log-likelihood (float32, in nats) of a window of shape [length]."""
-    logits = model(input_ids=window[None], use_cache=False).logits[0, :-1]
-    return F.cross_entropy(logits.float(), window[1:]).item()
+def window_losses(model: Any, windows: torch.Tensor) -> torch.Tensor:
+    """Return the mean negative log-likelihood (in nats) of each of some windows [n, length], float32 [n]."""
+    logits = model(input_ids=windows, use_cache=False).logits[:, :-1]
+    losses = [F.cross_entropy(one.float(), window[1:]) for one, window in zip(logits, windows, strict=True)]
+    return torch.stack(losses)
 
 
-def measure(model: Any, windows: torch.Tensor, label: str) -> Measurement:
-    """Return the perplexity of ``windows`` [windows, length] under a model, with a progress bar on stderr."""
+def measure(model: Any, windows: torch.Tensor, label: str, batch: int = 1) -> Measurement:
+    """Return the perplexity of ``windows`` [n, length] under a model, ``batch`` of them at a time; shows progress.
+
+    A last batch that is not full is filled up, so that one compiled shape serves for all.
+    """
     losses, clock = [], [time.perf_counter()]
-    with progress_bar() as progress:
-        for window in progress.track(windows, description=label):
-            losses.append(window_loss(model, window))
-            clock.append(time.perf_counter())
+    for part in track(windows.split(batch), label):
+        filled = torch.cat([part, part[-1:].expand(batch - len(part), -1)])
+        losses += window_losses(model, filled)[: len(part)].tolist()
+        clock.append(time.perf_counter())
     perplexity = torch.tensor(losses, dtype=torch.float64).mean().exp().item()
     return Measurement(perplexity, first_seconds=clock[1] - clock[0], seconds=clock[-1] - clock[0])
