@@ -64,7 +64,9 @@ def test_a_document_has_the_numbers_and_where_they_are_from():
     about = {"command": "quarot-fx eval x", "device": "a processor", "versions": {"torch": "2.13.0"}}
     results = Results("x: pydoc", about)
     results.add({"setting": "float", "options": None, "perplexity": 8.0, "seconds": 1.0, "first_seconds": 0.5})
+    assert results.latest() == "float: perplexity 8, ratio to float 1, seconds 1.0, of it first batch 0.5"
     results.add({"setting": "W4", "options": {}, "reason": "it does not fit"})
+    assert results.latest() == "W4: it does not fit"
     assert results.markdown().splitlines() == [
         "| setting | perplexity | ratio to float |",
         "| --- | --- | --- |",

@@ -71,9 +71,10 @@ def evaluate(
     from quarot_fx.calibration.data import calibration_tokens
     from quarot_fx.cli.environment import describe_environment
     from quarot_fx.cli.models import compile_model, load_model
-    from quarot_fx.cli.perplexity import TextWindows, measure
+    from quarot_fx.cli.perplexity import measure
     from quarot_fx.cli.results import Results
     from quarot_fx.cli.tasks import Tasks
+    from quarot_fx.cli.windows import TextWindows
     from quarot_fx.text import fingerprint, most_windows, read_text, split_windows
 
     if text is None and tasks is None:
@@ -118,7 +119,7 @@ def evaluate(
                 raise
             row["reason"] = str(error)
         results.add(row)
-        Console(stderr=True).print(results.line(row), highlight=False)
+        Console(stderr=True).print(results.latest(), markup=False, soft_wrap=True)
         if json_file:  # now already: a long run may be cut short
             results.write(json_file)
         runnable = None

@@ -37,16 +37,16 @@ class Results:
             one["ratio"] = one["perplexity"] / floats[0] if floats else None
 
     def write(self, path: Path) -> None:
-        """Replace a JSON file as a whole: what was measured stays readable while the rest is measured."""
+        """Replace a file by JSON, as a whole: what was measured stays readable while the rest is measured."""
         new = path.with_name(f"{path.name}.new")
         new.write_text(json.dumps({**self.about, "results": self.rows}, indent=2) + "\n", encoding="utf-8")
         new.replace(path)
 
-    def line(self, row: dict[str, Any]) -> str:
-        """Return a result in a line, to be shown while others are measured."""
-        cells = ((name, cell(row)) for name, cell in self._columns())
-        said = row.get("reason") or ", ".join(f"{name} {text}" for name, text in cells if text)
-        return f"{row['setting']}: {said}"
+    def latest(self) -> str:
+        """Return a line on the setting that was measured last."""
+        row = self.rows[-1]
+        cells = [f"{name} {text}" for name, cell in self._columns() if (text := cell(row))]
+        return f"{row['setting']}: {row.get('reason') or ', '.join(cells)}"
 
     def table(self) -> Table:
         """Return a table for a terminal."""
@@ -91,7 +91,7 @@ class Results:
             yield TIMES[3], lambda row: _number(row.get("graphs"), "d")
 
 
-TIMES = ("seconds", "of it first window", "seconds of tasks", "graphs")
+TIMES = ("seconds", "of it first batch", "seconds of tasks", "graphs")
 
 
 def _number(value: Any, form: str) -> str:
