@@ -27,16 +27,7 @@ class FoldConstants(Pass):
     tolerance: ClassVar[float | None] = 0.1  # the one pass that rounds: to bfloat16, if that is what the model has
 
     def run(self, program: Program, report: PassReport) -> None:
-        constants = Constants(program.graph)
-        foldable: dict[fx.Node, bool] = {}  # constant node -> one of our passes had a part in it
-        for node in program.graph.nodes:
-            if node not in constants or str(node.target) in AT_RUN_TIME:
-                continue
-            if node.op == "get_attr":
-                foldable[node] = False
-            elif all(source in foldable for source in node.all_input_nodes):
-                foldable[node] = AUTHOR in node.meta or any(foldable[source] for source in node.all_input_nodes)
-        folded = [n for n, is_ours in foldable.items() if is_ours and any(not foldable.get(user) for user in n.users)]
+        folded = constants_to_fold(program.graph)
         quantizations = {node: _quantizations_behind(node) for node in folded}
         pending = Counter(node for nodes in quantizations.values() for node in nodes)
         for node in folded:
@@ -48,14 +39,33 @@ class FoldConstants(Pass):
                 program.known.pop(done, None)
 
     def _fold(self, program: Program, node: fx.Node) -> None:
-        dtype = node.meta["val"].dtype
-        purpose = f"value as {dtype}"
-        value = program.constant(node, purpose, lambda: evaluate(node, program.known).to(dtype).contiguous())
+        value = folded_value(program, node)
         insert = Inserter(node.graph, self.name, node)
         name = parameters_of(node)[0]
         with node.graph.inserting_before(node):
             folded = insert.constant(f"{name}.{node.meta[PART]}" if PART in node.meta else name, value, name)
         node.replace_all_uses_with(folded)
+
+
+def constants_to_fold(graph: fx.Graph) -> list[fx.Node]:
+    """Return the constants that a pass had a part in and that something reads which is not folded with them, in order."""
+    constants = Constants(graph)
+    foldable: dict[fx.Node, bool] = {}  # constant node -> one of our passes had a part in it
+    for node in graph.nodes:
+        if node not in constants or str(node.target) in AT_RUN_TIME:
+            continue
+        if node.op == "get_attr":
+            foldable[node] = False
+        elif all(source in foldable for source in node.all_input_nodes):
+            foldable[node] = AUTHOR in node.meta or any(foldable[source] for source in node.all_input_nodes)
+    return [n for n, is_ours in foldable.items() if is_ours and any(not foldable.get(user) for user in n.users)]
+
+
+def folded_value(program: Program, node: fx.Node) -> torch.Tensor:
+    """Return what a constant is stored as: its value in float64, rounded to its dtype, contiguous."""
+    dtype = node.meta["val"].dtype
+    compute = lambda: evaluate(node, program.known).to(dtype).contiguous()  # noqa: E731
+    return program.constant(node, f"value as {dtype}", compute)
 
 
 def _quantizations_behind(node: fx.Node) -> set[fx.Node]:

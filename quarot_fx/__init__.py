@@ -15,6 +15,8 @@ _HOME = {
     "QuantScheme": "quarot_fx.config",
     "rewrite": "quarot_fx.inspection",
     "explain": "quarot_fx.inspection",
+    "save": "quarot_fx.checkpoint.saving",
+    "load": "quarot_fx.checkpoint.loading",
     "Report": "quarot_fx.report",
     "Program": "quarot_fx.program",
     "RotationPlan": "quarot_fx.basis.plan",

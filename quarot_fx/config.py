@@ -14,6 +14,8 @@ UNQUANTIZED_BITS = 16
 ROTATIONS = ("hadamard", "random", "none")
 KERNELS = ("auto", "reference", "none")
 OVERRIDABLE = ("w_bits", "a_bits", "w_group", "a_group", "w_sym", "a_sym", "w_clip", "a_clip")
+# Options that change no weight: how the graph runs, and what becomes of what it was made of.
+OF_THE_RUN = ("nested_backend", "mode", "kernels", "check", "free_originals")
 SKIP: Mapping[str, Any] = {"w_bits": UNQUANTIZED_BITS, "a_bits": UNQUANTIZED_BITS}
 
 
@@ -135,6 +137,10 @@ class QuarotConfig:
             if name not in known:
                 raise UnknownOptionError("option", str(name), known)
         return cls(**(options or {}))
+
+    def of_weights(self) -> dict[str, Any]:
+        """Return all options but those of the run: what constants depend on."""
+        return {field.name: getattr(self, field.name) for field in fields(self) if field.name not in OF_THE_RUN}
 
     @property
     def key_scheme(self) -> QuantScheme:

@@ -13,7 +13,8 @@ import torch
 from torch import fx
 from torch.fx.node import map_aggregate
 
-from quarot_fx.errors import NonFiniteWeightError
+from quarot_fx.checkpoint.saved import missing_value, saved_value
+from quarot_fx.errors import NonFiniteWeightError, OriginalsFreedError
 from quarot_fx.graph import stored_tensor
 from quarot_fx.ops.declaration import reference_of
 from quarot_fx.store import check_not_freed, expression
@@ -57,7 +58,9 @@ class Float64Interpreter(fx.Interpreter):
 
     def get_attr(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Read a stored tensor in float64."""
-        return widen(super().get_attr(target, args, kwargs))
+        tensor = super().get_attr(target, args, kwargs)
+        check_not_freed(tensor, "the graph is run in float64")
+        return widen(tensor)
 
     def placeholder(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Read an input in float64, cloned so that the caller's tensors are never written to."""
@@ -91,7 +94,10 @@ def evaluate(node: fx.Node, known: Known | None = None) -> torch.Tensor:
         val = node.meta["val"]
         return torch.empty(val.shape, dtype=_WIDE.get(val.dtype, val.dtype), device="meta")
     with torch.no_grad():
-        return _value(node, {}, {} if known is None else known)
+        try:
+            return _value(node, {}, {} if known is None else known)
+        except OriginalsFreedError as error:
+            raise missing_value(node) or error from None
 
 
 def _value(node: fx.Node, values: dict[fx.Node, Any], known: Known) -> Any:
@@ -104,6 +110,9 @@ def _value(node: fx.Node, values: dict[fx.Node, Any], known: Known) -> Any:
 
 
 def _computed(node: fx.Node, values: dict[fx.Node, Any], known: Known) -> Any:
+    saved = saved_value(node)
+    if saved is not None:
+        return saved
     if node.op == "get_attr":
         return widen(_finite(node))
     args, kwargs = fx.map_arg((node.args, node.kwargs), lambda source: _value(source, values, known))

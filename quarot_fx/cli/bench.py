@@ -178,7 +178,7 @@ def _decoders(
 ) -> Rows:
     from quarot_fx.bench.models import PHASES, TOKENS, Workload, compilers
     from quarot_fx.bench.shapes import MODELS
-    from quarot_fx.cli.models import import_extra
+    from quarot_fx.extras import import_extra
 
     import_extra("transformers", extra="models")
     phases = choice.phases or PHASES
@@ -237,7 +237,7 @@ def _plotter(path: Path | None) -> Callable[[Record], None]:
     """Return what draws a record; made before anything is measured, since matplotlib may be missing."""
     if path is None:
         return lambda record: None
-    from quarot_fx.cli.models import import_extra
+    from quarot_fx.extras import import_extra
 
     import_extra("matplotlib", extra="bench")
     from quarot_fx.bench.plot import plot

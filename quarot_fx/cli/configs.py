@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from quarot_fx.cli.models import import_extra
+from quarot_fx.extras import import_extra
 from quarot_fx.errors import NotCausalLMError, NotFoundError, OptionError, UnknownOptionError, nearest
 
 _REMEDY = "Give a config.json, a folder with one, a model type that transformers knows, or a name on the hub."

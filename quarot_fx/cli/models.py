@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import importlib.util
 from pathlib import Path
 from typing import Any
@@ -11,21 +10,10 @@ import torch
 
 from quarot_fx.cli.settings import Setting
 from quarot_fx.errors import MissingExtraError, NotFoundError
+from quarot_fx.extras import import_extra
 
 DEMO_MODEL = "smollm2"
 _REMEDY = f"Give a GGUF file, a folder, a name on the Hugging Face hub, or {DEMO_MODEL!r}."
-
-
-def import_extra(module: str, extra: str) -> Any:
-    """Import a module that only an extra installs.
-
-    Raises:
-        MissingExtraError: it is not installed; the message says which extra has it.
-    """
-    try:
-        return importlib.import_module(module)
-    except ModuleNotFoundError as error:
-        raise MissingExtraError(package=module, extra=extra) from error
 
 
 def demo_model_file() -> Path:

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TimeElapsedColumn
 
-from quarot_fx.cli.models import import_extra
+from quarot_fx.extras import import_extra
 from quarot_fx.errors import NotFoundError, OptionError
 
 

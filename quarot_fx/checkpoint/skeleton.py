@@ -1,0 +1,93 @@
+"""Models of transformers without weights, from what a checkpoint says about them: a class of transformers itself and its
+config. Code that comes with a checkpoint is never run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from typing import Any
+
+import torch
+
+from quarot_fx.extras import import_extra
+
+# What a config does not write to its file, and the values that make transformers download no code.
+IMPLEMENTATIONS = {
+    "attn_implementation": ("eager", "sdpa", "flex_attention"),
+    "experts_implementation": ("eager", "grouped_mm", "batched_mm"),
+}
+
+
+def describe(model: torch.nn.Module) -> dict[str, Any] | None:
+    """Return what :func:`build` makes a model of again, as JSON-able data; ``None`` if it is no model of transformers."""
+    if not type(model).__module__.startswith("transformers."):
+        return None
+    config: Any = model.config
+    generation_config: Any = getattr(model, "generation_config", None)
+    return {
+        "class": type(model).__name__,
+        "config": _without_quantization(config.to_dict()),
+        "generation_config": None if generation_config is None else _jsonable(generation_config.to_dict()),
+        **{name: chosen for name in IMPLEMENTATIONS if (chosen := getattr(config, f"_{name}", None)) is not None},
+    }
+
+
+def build(description: Mapping[str, Any], fail: Callable[[str], Exception]) -> torch.nn.Module:
+    """Return a model on the meta device, in evaluation mode.
+
+    Args:
+        description: what :func:`describe` returned, from wherever.
+        fail: makes the error for a description of no model, given the reason.
+
+    Raises:
+        MissingExtraError: transformers is not installed.
+    """
+    transformers = import_extra("transformers", extra="models")
+    name, fields = description.get("class"), description.get("config")
+    model_class = getattr(transformers, name, None) if isinstance(name, str) else None
+    if not (isinstance(model_class, type) and issubclass(model_class, transformers.PreTrainedModel)):
+        raise fail(f"transformers {transformers.__version__} has no model {name!r}")
+    model_type = fields.get("model_type") if isinstance(fields, dict) else None
+    if model_type not in transformers.CONFIG_MAPPING:
+        raise fail(f"transformers {transformers.__version__} has no config for {model_type!r}")
+    chosen = {name: description[name] for name in IMPLEMENTATIONS if name in description}
+    for name, implementation in chosen.items():
+        if implementation not in IMPLEMENTATIONS[name]:
+            raise fail(f"{name}={implementation!r} is none of {', '.join(IMPLEMENTATIONS[name])}")
+    try:
+        config = transformers.CONFIG_MAPPING[model_type].from_dict(_without_quantization(fields))
+        with torch.device("meta"):
+            dtype = getattr(config, "dtype", None)
+            model = model_class._from_config(config, **({"dtype": dtype} if dtype else {}), **chosen)
+        if isinstance(description.get("generation_config"), dict):
+            model.generation_config = transformers.GenerationConfig.from_dict(description["generation_config"])
+    except Exception as error:  # what a config checks, and what it raises, is its own affair
+        raise fail(f"{name} cannot be built from its config: {type(error).__name__}: {error}") from error
+    evaluated: torch.nn.Module = model.eval()
+    return evaluated
+
+
+def example_inputs(model: torch.nn.Module) -> dict[str, Any] | None:
+    """Return inputs to trace a causal language model of transformers with; ``None`` for any other model."""
+    embeddings = None
+    if type(model).__module__.startswith("transformers."):
+        with suppress(NotImplementedError, AttributeError):
+            embeddings = model.get_input_embeddings()  # type: ignore[operator]
+    if embeddings is None:
+        return None
+    device = embeddings.weight.device
+    return {"input_ids": torch.arange(16, device=device)[None] % embeddings.weight.shape[0], "use_cache": False}
+
+
+def _without_quantization(config: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in _jsonable(config).items() if name not in ("quantization_config", "auto_map")}
+
+
+def _jsonable(value: Any) -> Any:
+    """Return data as JSON has it: dtypes by name, tuples as lists."""
+    if isinstance(value, Mapping):
+        return {str(name): _jsonable(one) for name, one in value.items()}
+    if isinstance(value, list | tuple | set):
+        return [_jsonable(one) for one in value]
+    return str(value).removeprefix("torch.") if isinstance(value, torch.dtype) else value
