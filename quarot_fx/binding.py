@@ -48,7 +48,8 @@ class Binding:
 
     def parameters(self) -> dict[int, torch.Tensor]:
         """Return the parameters that are still there, by their place among the arguments."""
-        found = {place: parameter() for place, parameter, *_ in (*self.parts, *self.live)}
+        references = [(place, parameter) for place, parameter, _ in self.parts] + list(self.live)
+        found = {place: parameter() for place, parameter in references}
         return {place: parameter for place, parameter in found.items() if parameter is not None}
 
     def is_stale(self) -> bool:
@@ -117,7 +118,9 @@ class BoundGraph:
                 if place not in lifted.places:
                     free(parameter, self.captured.parameters[place])
         parts = tuple((place, weakref.ref(p), stamp(p)) for place, p in consumed.items())
-        live = tuple((place, weakref.ref(arguments[place])) for place in self.captured.parameters if place not in consumed)
+        live = tuple(
+            (place, weakref.ref(arguments[place])) for place in self.captured.parameters if place not in consumed
+        )
         self._bindings.insert(0, Binding(parts, live, lifted.constants))
         return lifted
 

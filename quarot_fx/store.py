@@ -100,9 +100,7 @@ def without_content(like: torch.Tensor, device: torch.device, name: str) -> torc
     return tensor
 
 
-def _poison(
-    shape: torch.Size, stride: tuple[int, ...], dtype: torch.dtype, device: torch.device
-) -> torch.Tensor:
+def _poison(shape: torch.Size, stride: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
     size = 1 + sum((length - 1) * step for length, step in zip(shape, stride, strict=True)) if shape.numel() else 0
     key = device, dtype
     if key not in _POISON or _POISON[key].numel() < size:
@@ -150,7 +148,8 @@ def expression(node: fx.Node) -> Expression:
                 args = [_literal(argument, visit) for argument in current.args]
                 args += [f"{name}={_literal(argument, visit)}" for name, argument in current.kwargs.items()]
                 made[current] = f"%{len(lines)}"
-                lines.append(f"{current.target}({', '.join(args)})")
+                name = current.target if isinstance(current.target, torch._ops.OpOverload) else _python_name(current)
+                lines.append(f"{name}({', '.join(args)})")
         return made[current]
 
     def read(current: fx.Node) -> str:
@@ -162,6 +161,10 @@ def expression(node: fx.Node) -> Expression:
 
     result = visit(node)
     return Expression(tuple(lines) if lines else (result,), tuple(leaves.values()))
+
+
+def _python_name(call: fx.Node) -> str:
+    return getattr(call.target, "__name__", str(call.target))
 
 
 def _literal(argument: Any, visit: Callable[[fx.Node], str]) -> str:

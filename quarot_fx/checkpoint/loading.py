@@ -107,9 +107,7 @@ def check_fits(model: torch.nn.Module, manifest: Manifest, folder: str) -> None:
             raise _other(folder, f"its {name} and {of} are one, and the model's are not")
 
 
-def _tensor(
-    name: str, one: ModelTensor, like: torch.Tensor, reader: ShardReader, device: torch.device
-) -> torch.Tensor:
+def _tensor(name: str, one: ModelTensor, like: torch.Tensor, reader: ShardReader, device: torch.device) -> torch.Tensor:
     layout = torch.empty_strided(one.shape, one.stride, dtype=DTYPES[one.dtype], device="meta")
     if isinstance(like, torch.nn.Parameter):
         layout = torch.nn.Parameter(layout, like.requires_grad and layout.is_floating_point())

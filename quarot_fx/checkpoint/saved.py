@@ -82,7 +82,7 @@ def missing_value(node: fx.Node) -> NotInCheckpointError | None:
         return None
     values, how = found
     names = [_ORIGINS[leaf].name for leaf in expression(node).leaves]
-    held = ["; ".join(other) for other in values.readers if any(name in line for line in other for name in names)]
+    held = ["; ".join(other) for other in values.readers if all(name in "; ".join(other) for name in names)]
     return NotInCheckpointError(
         folder=values.folder,
         parameter=names[0],
@@ -95,11 +95,11 @@ def missing_value(node: fx.Node) -> NotInCheckpointError | None:
 def _look_up(made: Expression) -> tuple[SavedValues, How] | None:
     origins = [_ORIGINS.get(leaf) for leaf in made.leaves]
     if not origins or any(
-        origin is None or origin.version != version(leaf) or origin.values is not origins[0].values  # type: ignore[union-attr]
+        origin is None or origin.version != version(leaf) or origin.values is not origins[0].values
         for origin, leaf in zip(origins, made.leaves, strict=True)
     ):
         return None
-    return origins[0].values, made.text([origin.name for origin in origins])  # type: ignore[union-attr]
+    return origins[0].values, made.text([origin.name for origin in origins])
 
 
 def _layout(value: Any) -> list[Any]:

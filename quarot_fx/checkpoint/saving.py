@@ -6,7 +6,7 @@ import importlib
 import operator
 import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -138,9 +138,7 @@ class _Names:
     def unconsumed(self, constants: _Constants) -> list[str]:
         """Return the names of what has to be stored as it is: all but what only constants are made of."""
         consumed = constants.consumed - constants.live
-        return [
-            name for name, tensor in self.tensors.items() if name not in consumed or not tensor.is_floating_point()
-        ]
+        return [name for name, tensor in self.tensors.items() if name not in consumed or not tensor.is_floating_point()]
 
 
 @dataclass
@@ -231,7 +229,7 @@ def _planned(captured: Captured, parameters: Mapping[int, torch.Tensor], config:
 
 def _graphs(
     model: torch.nn.Module, inputs: Inputs | None, options: Mapping[str, Any], names: _Names
-) -> tuple[list[tuple[Captured, Mapping[int, torch.Tensor]]], QuarotConfig]:
+) -> tuple[Sequence[tuple[Captured, Mapping[int, torch.Tensor]]], QuarotConfig]:
     """Return graphs of a model, with their parameters by place, and the config that they are rewritten with."""
     for name in options.keys() & set(OF_THE_RUN):
         raise OptionError(name=name, value=options[name], reason="changes no weight; give it to load")
@@ -248,11 +246,13 @@ def _graphs(
         if ours and not options:
             reason = f"it is compiled with {len(made_with)} different sets of options"
             raise SaveError(folder=names._folder, reason=reason, remedy="Give the options that it is to be saved with.")
-        inputs = example_inputs(model)
-    if inputs is None:
+    examples = example_inputs(model) if inputs is None else [inputs]
+    if not examples:
         reason = "it was not compiled and called with these options in this process"
         raise SaveError(folder=names._folder, reason=reason, remedy="Give example inputs.")
-    captured = [(one, dict(enumerate(arguments))) for one, arguments in capture_graphs(model, inputs)]
+    captured = [
+        (one, dict(enumerate(arguments))) for example in examples for one, arguments in capture_graphs(model, example)
+    ]
     if not captured:
         remedy = "Give a model whose forward uses its parameters."
         raise SaveError(folder=names._folder, reason="it has no graph with parameters", remedy=remedy)

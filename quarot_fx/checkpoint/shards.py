@@ -162,7 +162,7 @@ class ShardReader:
 
     def _check_tensor(self, name: str, info: TensorInfo) -> None:
         file = self._files[info.shard]
-        if name not in file.keys():  # noqa: SIM118: it is no dictionary
+        if name not in list(file.keys()):
             raise self._corrupt(f"{info.shard} has no {name}")
         found = file.get_slice(name)
         layout = found.get_dtype(), tuple(found.get_shape())

@@ -45,11 +45,11 @@ def build(description: Mapping[str, Any], fail: Callable[[str], Exception]) -> t
     """
     transformers = import_extra("transformers", extra="models")
     name, fields = description.get("class"), description.get("config")
-    model_class = getattr(transformers, name, None) if isinstance(name, str) else None
+    model_class: Any = getattr(transformers, name, None) if isinstance(name, str) else None
     if not (isinstance(model_class, type) and issubclass(model_class, transformers.PreTrainedModel)):
         raise fail(f"transformers {transformers.__version__} has no model {name!r}")
     model_type = fields.get("model_type") if isinstance(fields, dict) else None
-    if model_type not in transformers.CONFIG_MAPPING:
+    if not isinstance(fields, dict) or model_type not in transformers.CONFIG_MAPPING:
         raise fail(f"transformers {transformers.__version__} has no config for {model_type!r}")
     chosen = {name: description[name] for name in IMPLEMENTATIONS if name in description}
     for name, implementation in chosen.items():
@@ -68,16 +68,23 @@ def build(description: Mapping[str, Any], fail: Callable[[str], Exception]) -> t
     return evaluated
 
 
-def example_inputs(model: torch.nn.Module) -> dict[str, Any] | None:
-    """Return inputs to trace a causal language model of transformers with; ``None`` for any other model."""
+def example_inputs(model: torch.nn.Module) -> list[dict[str, Any]]:
+    """Return inputs to trace a causal language model of transformers with: a prompt without a cache and, where the model
+    can be compiled with one, a prompt and a token with a static cache. There are none for any other model.
+    """
     embeddings = None
     if type(model).__module__.startswith("transformers."):
         with suppress(NotImplementedError, AttributeError):
             embeddings = model.get_input_embeddings()  # type: ignore[operator]
     if embeddings is None:
-        return None
-    device = embeddings.weight.device
-    return {"input_ids": torch.arange(16, device=device)[None] % embeddings.weight.shape[0], "use_cache": False}
+        return []
+    prompt = torch.arange(16, device=embeddings.weight.device)[None] % embeddings.weight.shape[0]
+    inputs: list[dict[str, Any]] = [{"input_ids": prompt, "use_cache": False}]
+    if getattr(model, "_can_compile_fullgraph", False):
+        static_cache = import_extra("transformers", extra="models").StaticCache
+        for tokens in (prompt, prompt[:, :1]):
+            inputs.append({"input_ids": tokens, "past_key_values": static_cache(config=model.config, max_cache_len=32)})
+    return inputs
 
 
 def _without_quantization(config: Mapping[str, Any]) -> dict[str, Any]:

@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 
-from quarot_fx.extras import import_extra
 from quarot_fx.errors import NotCausalLMError, NotFoundError, OptionError, UnknownOptionError, nearest
+from quarot_fx.extras import import_extra
 
 _REMEDY = "Give a config.json, a folder with one, a model type that transformers knows, or a name on the hub."
 

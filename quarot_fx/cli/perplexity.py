@@ -14,8 +14,8 @@ import torch.nn.functional as F
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TimeElapsedColumn
 
-from quarot_fx.extras import import_extra
 from quarot_fx.errors import NotFoundError, OptionError
+from quarot_fx.extras import import_extra
 
 
 @dataclass(frozen=True)
