@@ -138,9 +138,17 @@ class QuarotConfig:
                 raise UnknownOptionError("option", str(name), known)
         return cls(**(options or {}))
 
-    def of_weights(self) -> dict[str, Any]:
-        """Return all options but those of the run: what constants depend on."""
-        return {field.name: getattr(self, field.name) for field in fields(self) if field.name not in OF_THE_RUN}
+    def of_weights(self) -> QuarotConfig:
+        """Return the config with the defaults for all options of the run: what constants depend on."""
+        return replace(self, **{name: getattr(QuarotConfig, name) for name in OF_THE_RUN})
+
+    def as_options(self) -> dict[str, Any]:
+        """Return the options that differ from the defaults, as JSON-able data that :meth:`from_options` takes."""
+        options = {field.name: getattr(self, field.name) for field in fields(self)}
+        if self.overrides:
+            options["overrides"] = self._override_patterns
+        changed = {name: value for name, value in options.items() if value != getattr(QuarotConfig, name)}
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in changed.items()}
 
     @property
     def key_scheme(self) -> QuantScheme:

@@ -49,7 +49,7 @@ def load(
         CheckpointOptionError: an option contradicts those that it was made with.
     """
     manifest = read_manifest(Path(folder))
-    config = _config(manifest, str(folder), options)
+    config = config_of(manifest, str(folder), options)
     reader = ShardReader(Path(folder), manifest)
     if model is None:
         if manifest.transformers is None:
@@ -58,18 +58,16 @@ def load(
         model = build(manifest.transformers, lambda reason: _other(folder, reason))
     fill(model, manifest, reader, str(folder), torch.device(device))
     model.eval()
-    model.compile(backend="quarot", dynamic=dynamic, options=backend_options(config))
+    model.compile(backend="quarot", dynamic=dynamic, options=config.as_options())
+    if manifest.transformers is not None:
+        from quarot_fx.hf.quantizer import attach
+
+        attach(model, config)
     return model
 
 
-def backend_options(config: QuarotConfig) -> dict[str, Any]:
-    """Return the options of ``torch.compile`` that give a config: those that are not the default."""
-    default = QuarotConfig()
-    return {name: value for name, value in vars(config).items() if getattr(default, name, value) != value}
-
-
 def fill(model: torch.nn.Module, manifest: Manifest, reader: ShardReader, folder: str, device: torch.device) -> None:
-    """Replace all parameters and buffers of a model by those of a checkpoint.
+    """Replace all parameters and buffers of a model by those of a checkpoint, and tie those that were one.
 
     Raises:
         ArchitectureError: the model has other ones.
@@ -102,9 +100,6 @@ def check_fits(model: torch.nn.Module, manifest: Manifest, folder: str) -> None:
             raise _other(folder, f"the model has no {name}, which it has{_nearest(name, found)}")
         if tuple(found[name].shape) != one.shape:
             raise _other(folder, f"its {name} is {list(one.shape)}, and the model's is {list(found[name].shape)}")
-    for name, of in manifest.tied.items():
-        if found[name] is not found[of]:
-            raise _other(folder, f"its {name} and {of} are one, and the model's are not")
 
 
 def _tensor(name: str, one: ModelTensor, like: torch.Tensor, reader: ShardReader, device: torch.device) -> torch.Tensor:
@@ -137,12 +132,15 @@ def _readers(manifest: Manifest, reader: ShardReader, folder: str) -> dict[tuple
     }
 
 
-def _config(manifest: Manifest, folder: str, options: Mapping[str, Any]) -> QuarotConfig:
-    """Return the config of a checkpoint, with the options that a run may choose."""
+def config_of(manifest: Manifest, folder: str, options: Mapping[str, Any]) -> QuarotConfig:
+    """Return the config of a checkpoint, with the options that a run may choose.
+
+    Raises:
+        CheckpointOptionError: an option is none of these.
+    """
     try:
-        made_with = QuarotConfig.from_options(
-            {name: value for name, value in manifest.options.items() if name not in OF_THE_RUN}
-        )
+        of_weights = {name: value for name, value in manifest.options.items() if name not in OF_THE_RUN}
+        made_with = QuarotConfig.from_options(of_weights)
     except (QuarotError, TypeError, ValueError) as error:
         remedy = "It is damaged, or a newer quarot_fx made it."
         raise CheckpointFormatError(folder=folder, reason=f"its options are none: {error}", remedy=remedy) from error
@@ -150,10 +148,11 @@ def _config(manifest: Manifest, folder: str, options: Mapping[str, Any]) -> Quar
         if options.get(name):
             remedy = "Give it when the checkpoint is made."
             raise CheckpointOptionError(folder=folder, reason=f"{name}=True needs the original weights", remedy=remedy)
-    config = QuarotConfig.from_options({**vars(made_with), **options})
-    for name, value in config.of_weights().items():
-        if value != getattr(made_with, name):
-            reason = f"it was made with {name}={getattr(made_with, name)!r}, not {value!r}"
+    config = QuarotConfig.from_options({**made_with.as_options(), **options})
+    for name in options:
+        wanted, have = getattr(config.of_weights(), name, None), getattr(made_with, name, None)
+        if wanted != have:
+            reason = f"it was made with {name}={have!r}, not {wanted!r}"
             raise CheckpointOptionError(folder=folder, reason=reason, remedy="Leave the option out, or save it again.")
     return config
 

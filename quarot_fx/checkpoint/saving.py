@@ -7,7 +7,7 @@ import operator
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from quarot_fx.binding import compiled_graphs
 from quarot_fx.capture import Captured
 from quarot_fx.checkpoint.manifest import DTYPE_NAMES, Codes, Manifest, ModelTensor, Value
 from quarot_fx.checkpoint.shards import ShardWriter, commit
-from quarot_fx.checkpoint.skeleton import describe, example_inputs
+from quarot_fx.checkpoint.skeleton import describe, example_inputs, write_configs
 from quarot_fx.config import OF_THE_RUN, QuarotConfig
 from quarot_fx.errors import OptionError, SaveError
 from quarot_fx.garbage import collected_rarely
@@ -83,7 +83,7 @@ def save(
         versions=_versions(),
         model_class=type(model).__qualname__,
         transformers=describe(model),
-        options=config.of_weights(),
+        options=config.of_weights().as_options(),
         plan=constants.plan,
         model={
             name: ModelTensor(DTYPE_NAMES[one.dtype], tuple(one.shape), tuple(one.stride()), stored.get(name))
@@ -95,6 +95,7 @@ def save(
         tensors=writer.tensors,
         shards=writer.shards,
     )
+    write_configs(model, config, Path(folder))
     commit(Path(folder), manifest)
 
 
@@ -237,9 +238,9 @@ def _graphs(
     if inputs is None:
         compiled = [(graph, bound) for graph in compiled_graphs() for bound in graph.bound_parameters()]
         ours = [(graph, bound) for graph, bound in compiled if any(one in names for one in bound.values())]
-        made_with = {str(graph.config.of_weights()): graph.config.of_weights() for graph, _ in ours}
+        made_with = {graph.config.of_weights() for graph, _ in ours}
         if not options and len(made_with) == 1:
-            wanted = QuarotConfig(**next(iter(made_with.values())), kernels="none")
+            wanted = replace(next(iter(made_with)), kernels="none")
         fitting = [(g.captured, bound) for g, bound in ours if g.config.of_weights() == wanted.of_weights()]
         if fitting:
             return fitting, wanted

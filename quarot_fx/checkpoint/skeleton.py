@@ -4,12 +4,16 @@ config. Code that comes with a checkpoint is never run.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping
 from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 import torch
 
+from quarot_fx.checkpoint.shards import write_text
+from quarot_fx.config import QuarotConfig
 from quarot_fx.extras import import_extra
 
 # What a config does not write to its file, and the values that make transformers download no code.
@@ -66,6 +70,23 @@ def build(description: Mapping[str, Any], fail: Callable[[str], Exception]) -> t
         raise fail(f"{name} cannot be built from its config: {type(error).__name__}: {error}") from error
     evaluated: torch.nn.Module = model.eval()
     return evaluated
+
+
+def write_configs(model: torch.nn.Module, config: QuarotConfig, folder: Path) -> None:
+    """Write ``config.json`` and ``generation_config.json``, by which ``from_pretrained`` knows a model of transformers."""
+    description = describe(model)
+    if description is None:
+        return
+    options = config.of_weights().as_options()
+    written = {
+        **description["config"],
+        "architectures": [description["class"]],
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "quantization_config": {"quant_method": "quarot", **options},
+    }
+    write_text(folder / "config.json", json.dumps(written, indent=2) + "\n")
+    if description["generation_config"] is not None:
+        write_text(folder / "generation_config.json", json.dumps(description["generation_config"], indent=2) + "\n")
 
 
 def example_inputs(model: torch.nn.Module) -> list[dict[str, Any]]:
