@@ -105,6 +105,9 @@ class BoundGraph:
     def _bind(self, arguments: Sequence[Any]) -> Lifted:
         self.captured.check_has_data(arguments)
         bound = self.captured.bind(arguments, self._store)
+        if self.config.free_originals:
+            names = {id(arguments[place]): name for place, name in self.captured.parameters.items()}
+            bound.release = lambda tensors: [free(tensor, names[id(tensor)]) for tensor in tensors if id(tensor) in names]
         program = run_pipeline(bound, self._passes, self._inputs(arguments) if self.config.check else None)
         lifted = lift(program.graph_module)
         consumed = {
@@ -113,10 +116,6 @@ class BoundGraph:
         for place in self.captured.parameters:
             if place in lifted.places:
                 keep_live(arguments[place])
-        if self.config.free_originals:
-            for place, parameter in consumed.items():
-                if place not in lifted.places:
-                    free(parameter, self.captured.parameters[place])
         parts = tuple((place, weakref.ref(p), stamp(p)) for place, p in consumed.items())
         live = tuple(
             (place, weakref.ref(arguments[place])) for place in self.captured.parameters if place not in consumed

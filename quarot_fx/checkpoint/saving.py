@@ -23,9 +23,9 @@ from quarot_fx.checkpoint.skeleton import describe, example_inputs, write_config
 from quarot_fx.config import OF_THE_RUN, QuarotConfig
 from quarot_fx.errors import OptionError, SaveError
 from quarot_fx.garbage import collected_rarely
-from quarot_fx.graph import is_tensor, parameters_of, stored_tensor, with_sources
+from quarot_fx.graph import parameters_of, stored_tensor, with_sources
 from quarot_fx.inspection import Inputs, capture_graphs
-from quarot_fx.passes.fold_constants import FoldConstants, constants_to_fold, folded_value
+from quarot_fx.passes.fold_constants import FoldConstants, constants_to_fold, folded_value, read_as_they_are
 from quarot_fx.passes.pipeline import build_pipeline, run_pipeline
 from quarot_fx.program import Program
 from quarot_fx.store import SHARED, expression, free
@@ -161,9 +161,9 @@ class _Constants:
                 names = self.names.of(one)
                 self._found.setdefault(expression(one).text(names), (program, one))
                 self.consumed.update(names)
-        for node in _read_as_they_are(program.graph, set(folded)):
-            if (tensor := stored_tensor(node)) in self.names:
-                self.live.update(self.names.of(node) if tensor in self.names else ())
+        for node in read_as_they_are(program.graph, folded):
+            if stored_tensor(node) in self.names:
+                self.live.update(self.names.of(node))
 
     def write(self, writer: ShardWriter, frees: bool, held: list[str]) -> tuple[list[Value], list[Codes]]:
         """Evaluate and write every constant, and free what is needed for no other."""
@@ -189,21 +189,6 @@ def _saved_nodes(node: fx.Node) -> list[fx.Node]:
     """Return what to save of a constant: the quantised weights that it is made of, or itself if there are none."""
     quantized = [one for one in with_sources(node) if one.target is quarot.quantize_weight.default]
     return quantized or [node]
-
-
-def _read_as_they_are(graph: fx.Graph, folded: set[fx.Node]) -> list[fx.Node]:
-    """Return the stored tensors that are read by anything but constants that are folded."""
-    found: dict[fx.Node, None] = {}
-    pending = [graph.output_node()]
-    while pending:
-        node = pending.pop()
-        if node not in found:
-            found[node] = None
-            pending += [source for source in node.all_input_nodes if source not in folded]
-    writes = [node for node in graph.nodes if node.is_impure() and node not in found]
-    for node in writes:
-        found.update(dict.fromkeys(one for one in with_sources(node) if one not in folded))
-    return [node for node in found if node.op == "get_attr" and is_tensor(node)]
 
 
 def _write_codes(writer: ShardWriter, how: tuple[str, ...], program: Program, node: fx.Node) -> Codes:
