@@ -78,9 +78,7 @@ def read_as_they_are(graph: fx.Graph, folded: Iterable[fx.Node]) -> list[fx.Node
 def folded_value(program: Program, node: fx.Node) -> torch.Tensor:
     """Return what a constant is stored as: its value in float64, rounded to its dtype, contiguous."""
     dtype = node.meta["val"].dtype
-    return program.constant(
-        node, f"value as {dtype}", lambda: evaluate(node, program.known, dtype).contiguous()
-    )
+    return program.constant(node, f"value as {dtype}", lambda: evaluate(node, program.known, dtype).contiguous())
 
 
 def _quantizations_behind(node: fx.Node) -> set[fx.Node]:

@@ -15,6 +15,7 @@ _HOME = {
     "QuantScheme": "quarot_fx.config",
     "rewrite": "quarot_fx.inspection",
     "explain": "quarot_fx.inspection",
+    "absorb_rotations": "quarot_fx.checkpoint.absorbing",
     "save": "quarot_fx.checkpoint.saving",
     "load": "quarot_fx.checkpoint.loading",
     "Report": "quarot_fx.report",

@@ -107,7 +107,9 @@ class BoundGraph:
         bound = self.captured.bind(arguments, self._store)
         if self.config.free_originals:
             names = {id(arguments[place]): name for place, name in self.captured.parameters.items()}
-            bound.release = lambda tensors: [free(tensor, names[id(tensor)]) for tensor in tensors if id(tensor) in names]
+            bound.release = lambda tensors: [
+                free(tensor, names[id(tensor)]) for tensor in tensors if id(tensor) in names
+            ]
         program = run_pipeline(bound, self._passes, self._inputs(arguments) if self.config.check else None)
         lifted = lift(program.graph_module)
         consumed = {

@@ -170,6 +170,12 @@ class NotInCheckpointError(CheckpointError, LookupError):
     )
 
 
+class RotationNotAbsorbedError(QuarotError, ValueError):
+    """A model whose weights alone cannot absorb a rotation."""
+
+    template = "the weights of this model cannot absorb a rotation alone: {reason}. {remedy}"
+
+
 # -- the command line ------------------------------------------------------------------------------
 
 

@@ -29,7 +29,7 @@ OF_LAST_AXIS = {pack, quantize_weight}
 
 def row_blocks(size: torch.Size) -> Iterator[slice]:
     """Return slices of the first axis of a tensor, of about ``BLOCK`` elements each, that together are all of it."""
-    rows = max(1, BLOCK * size[0] // size.numel())
+    rows = max(1, BLOCK * size[0] // max(1, size.numel()))
     return (slice(start, min(start + rows, size[0])) for start in range(0, size[0], rows))
 
 

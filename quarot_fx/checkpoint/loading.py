@@ -15,6 +15,7 @@ from quarot_fx.checkpoint.shards import ShardReader, read_manifest
 from quarot_fx.checkpoint.skeleton import build
 from quarot_fx.config import OF_THE_RUN, QuarotConfig
 from quarot_fx.errors import ArchitectureError, CheckpointFormatError, CheckpointOptionError, QuarotError
+from quarot_fx.row_blocks import row_blocks
 from quarot_fx.store import without_content
 
 
@@ -122,7 +123,12 @@ def _readers(manifest: Manifest, reader: ShardReader, folder: str) -> dict[tuple
             packed, scale = reader.read(one.packed).to(device), reader.read(one.scale).to(device)
             signed = one.zero is None
             zero = scale.new_empty(0, dtype=torch.uint8) if one.zero is None else reader.read(one.zero).to(device)
-            return torch.ops.quarot.unpack(packed, one.bits, one.size, signed), scale, zero
+            codes = torch.empty(
+                *packed.shape[:-1], one.size, dtype=torch.int8 if signed else torch.uint8, device=device
+            )
+            for rows in row_blocks(codes.shape):  # its steps take eight bytes a code
+                codes[rows] = torch.ops.quarot.unpack(packed[rows], one.bits, one.size, signed)
+            return codes, scale, zero
 
         return read
 
