@@ -55,7 +55,7 @@ class FoldConstants(Pass):
 
 
 def constants_to_fold(graph: fx.Graph) -> list[fx.Node]:
-    """Return the constants that a pass had a part in and that something reads which is not folded with them, in order."""
+    """Return the constants that a pass had a part in and that are read by something not folded with them, in order."""
     constants = Constants(graph)
     foldable: dict[fx.Node, bool] = {}  # constant node -> one of our passes had a part in it
     for node in graph.nodes:

@@ -7,8 +7,9 @@ So at every call what arrives is compared with what was bound; where it differs,
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -62,8 +63,8 @@ class BoundGraph:
 
     Args:
         captured: the graph before any weight is bound.
-        config: ``free_originals`` releases a parameter once nothing but constants made from it is needed; ``check`` runs
-            every exact pass against the stage before, on the first arguments.
+        config: ``free_originals`` releases a parameter once nothing but constants made from it is needed; ``check``
+            runs every exact pass against the stage before, on the first arguments.
         passes: the pipeline.
         store: of constants, shared with other graphs.
 
@@ -107,9 +108,7 @@ class BoundGraph:
         bound = self.captured.bind(arguments, self._store)
         if self.config.free_originals:
             names = {id(arguments[place]): name for place, name in self.captured.parameters.items()}
-            bound.release = lambda tensors: [
-                free(tensor, names[id(tensor)]) for tensor in tensors if id(tensor) in names
-            ]
+            bound.release = partial(_free_parameters, names)
         program = run_pipeline(bound, self._passes, self._inputs(arguments) if self.config.check else None)
         lifted = lift(program.graph_module)
         consumed = {
@@ -134,6 +133,12 @@ class BoundGraph:
         nodes = self.captured.graph_module.graph.find_nodes(op="placeholder")
         places = [node.meta[INPUT] for node in nodes]
         return [arguments[place] for place in places if place not in self.captured.parameters]
+
+
+def _free_parameters(names: Mapping[int, str], tensors: Iterable[torch.Tensor]) -> None:
+    for tensor in tensors:
+        if id(tensor) in names:
+            free(tensor, names[id(tensor)])
 
 
 def compiled_graphs() -> list[BoundGraph]:

@@ -113,11 +113,11 @@ class UnboundParameterError(QuarotError):
 
 
 class OriginalsFreedError(QuarotError):
-    """A weight is needed again whose original was freed on request."""
+    """A weight is needed whose original was freed on request, or never loaded."""
 
     template = (
-        "parameter {parameter!r} was freed (free_originals=True) and is needed again: {reason}. "
-        "Compile with free_originals=False, or reload the model."
+        "parameter {parameter!r} {how} and is needed again: {reason}. "
+        "Compile the original model with free_originals=False, or reload it."
     )
 
 

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import fx
 from torch.fx.node import map_aggregate
+from torch.utils._pytree import tree_leaves, tree_map
 
 from quarot_fx.checkpoint.saved import missing_value, saved_value
 from quarot_fx.errors import NonFiniteWeightError, OriginalsFreedError
@@ -83,13 +84,14 @@ def _once(node: fx.Node, known: Known, compute: Callable[[], Any]) -> Any:
     if node.target is not torch.ops.quarot.quantize_weight.default:
         return compute()
     if node not in known:
-        known[node] = compute()
+        saved = saved_value(node)
+        known[node] = compute() if saved is None else saved
     return known[node]
 
 
 def evaluate(node: fx.Node, known: Known | None = None, dtype: torch.dtype | None = None) -> torch.Tensor:
-    """Return the value of a constant node, computed in float64 (integers as they are) and rounded to a dtype at the end,
-    if one is given.
+    """Return the value of a constant node, computed in float64 (integers as they are) and rounded to a dtype at the
+    end, if one is given.
 
     If a parameter that it depends on is on the meta device, so is the result, a contiguous tensor.
     """
@@ -149,12 +151,13 @@ class _Evaluation:
             for step in steps:
                 if step not in values:
                     values[step] = _call(step, values.__getitem__)
-            result.put(rows, map_aggregate(values[steps[-1]], lambda v: v if dtype is None else v.to(dtype)))
+            block = values[steps[-1]]
+            result.put(rows, tree_map(lambda part: part if dtype is None else part.to(dtype), block))
         return result.value
 
 
 class _Stacked:
-    """A tensor, or several, filled a few rows at a time."""
+    """A tensor, or a tuple of some, filled a few rows at a time."""
 
     def __init__(self, rows: int) -> None:
         self._rows = rows
@@ -163,9 +166,10 @@ class _Stacked:
     def put(self, rows: slice, block: Any) -> None:
         """Fill in some rows; a result without rows, such as the zero points that there are not, is kept as it is."""
         if self.value is None:
-            self.value = map_aggregate(block, lambda v: v.new_empty(self._rows, *v.shape[1:]) if len(v) else v)
-        parts = [block] if isinstance(block, torch.Tensor) else block
-        for whole, part in zip([self.value] if isinstance(block, torch.Tensor) else self.value, parts, strict=True):
+            self.value = tree_map(
+                lambda part: part.new_empty(self._rows, *part.shape[1:]) if len(part) else part, block
+            )
+        for whole, part in zip(tree_leaves(self.value), tree_leaves(block), strict=True):
             if len(part):
                 whole[rows] = part
 

@@ -178,7 +178,7 @@ def is_deterministic(node: fx.Node) -> bool:
 
 
 def with_sources(*nodes: fx.Node, without: Container[fx.Node] = ()) -> dict[fx.Node, None]:
-    """Return nodes and all that they are computed from, in order of appearance, but not what comes through some others."""
+    """Return nodes and all that they are computed from, in order of appearance, except through some others."""
     found: dict[fx.Node, None] = {}
     pending = list(reversed(nodes))
     while pending:

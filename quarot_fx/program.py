@@ -44,7 +44,7 @@ class Program:
     consumed: set[int] = field(default_factory=set)
     original_bytes: int = 0
     known: Known = field(default_factory=dict)
-    release: Callable[[Iterable[torch.Tensor]], None] = lambda _: None  # noqa: E731
+    release: Callable[[Iterable[torch.Tensor]], None] = lambda _: None
 
     def __post_init__(self) -> None:
         if not self.original_bytes:

@@ -37,8 +37,8 @@ def computed_by_rows(node: fx.Node) -> list[fx.Node]:
     """Return the steps, in order, that a constant can be computed by a few rows at a time, ``node`` last; none if some
     step mixes rows, as a rotation of the first axis does, or if the constant is small.
 
-    A row of a step follows from the same row of those arguments that have as many, of as many axes, and from the whole of
-    its other arguments.
+    A row of a step follows from the same row of those arguments that have as many, of as many axes, and from the whole
+    of its other arguments.
     """
     size = size_of(node)
     if len(size) < 2 or size.numel() <= BLOCK:

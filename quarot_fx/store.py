@@ -26,8 +26,8 @@ class Expression:
     """How a constant is made.
 
     Attributes:
-        structure: one call of an operator a line; arguments are ``$n``, the n-th parameter, ``%n``, the result of a line
-            before, or literals.
+        structure: one call of an operator a line; arguments are ``$n``, the n-th parameter, ``%n``, the result of a
+            line before, or literals.
         leaves: the parameters.
     """
 
@@ -71,6 +71,7 @@ def stamp(tensor: torch.Tensor) -> tuple[int, int]:
 @dataclass(frozen=True)
 class _Freed:
     name: str
+    how: str
     version: tuple[int, int]  # of the content that was freed
     stamp: tuple[int, int]  # of the poison in its place
 
@@ -89,14 +90,16 @@ def free(tensor: torch.Tensor, name: str) -> None:
         return
     before = stamp(tensor)
     tensor.data = _poison(tensor.shape, tensor.stride(), tensor.dtype, tensor.device)
-    _FREED[tensor] = _Freed(name, before, stamp(tensor))
+    _FREED[tensor] = _Freed(name, "was freed (free_originals=True)", before, stamp(tensor))
 
 
 def without_content(like: torch.Tensor, device: torch.device, name: str) -> torch.Tensor:
-    """Return a tensor, a parameter if ``like`` is one, that looks as if it was freed, on a device; it never held anything."""
+    """Return a tensor, a parameter if ``like`` is one, that looks as if it was freed, on a device; it never held
+    anything.
+    """
     data = _poison(like.shape, like.stride(), like.dtype, device)
     tensor = torch.nn.Parameter(data, like.requires_grad) if isinstance(like, torch.nn.Parameter) else data
-    _FREED[tensor] = _Freed(name, stamp(tensor), stamp(tensor))
+    _FREED[tensor] = _Freed(name, "was loaded without its content, from a checkpoint", stamp(tensor), stamp(tensor))
     return tensor
 
 
@@ -122,14 +125,14 @@ def check_not_freed(tensor: torch.Tensor, reason: str) -> None:
     """Raise :class:`OriginalsFreedError` if a weight's content was released."""
     freed = _FREED.get(tensor)
     if freed is not None:
-        raise OriginalsFreedError(parameter=freed.name, reason=reason)
+        raise OriginalsFreedError(parameter=freed.name, how=freed.how, reason=reason)
 
 
 def check_not_updated_after_freeing(tensor: torch.Tensor) -> None:
     """Raise :class:`OriginalsFreedError` if somebody wrote to a weight whose content was released."""
     freed = _FREED.get(tensor)
     if freed is not None and freed.stamp != stamp(tensor):
-        raise OriginalsFreedError(parameter=freed.name, reason="it was updated in place")
+        raise OriginalsFreedError(parameter=freed.name, how=freed.how, reason="it was updated in place")
 
 
 def expression(node: fx.Node) -> Expression:
@@ -155,7 +158,7 @@ def expression(node: fx.Node) -> Expression:
     def read(current: fx.Node) -> str:
         leaf = stored_tensor(current)
         if AUTHOR in current.meta and PARAMETER not in current.meta and not leaf.is_meta:
-            return f"constant({leaf.dtype}, {list(leaf.shape)}, {_content(leaf)})"
+            return f"constant({leaf.dtype}, {list(leaf.shape)}, {_content(leaf)[:16].hex()})"
         leaves[id(leaf)] = leaf
         return f"${list(leaves).index(id(leaf))}"
 
@@ -178,10 +181,10 @@ def _literal(argument: Any, visit: Callable[[fx.Node], str]) -> str:
 _CONTENTS: WeakTensorKeyDictionary = WeakTensorKeyDictionary()  # digests
 
 
-def _content(tensor: torch.Tensor) -> str:
+def _content(tensor: torch.Tensor) -> bytes:
     if tensor not in _CONTENTS:
         plain = tensor.detach().contiguous().reshape(-1).view(torch.uint8).cpu().numpy()
-        _CONTENTS[tensor] = hashlib.blake2b(plain.tobytes(), digest_size=16).hexdigest()
+        _CONTENTS[tensor] = hashlib.blake2b(plain.tobytes()).digest()
     return _CONTENTS[tensor]
 
 

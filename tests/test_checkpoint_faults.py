@@ -260,7 +260,7 @@ def test_options_that_contradict(folder, options, message):
 
 def test_a_folder_with_other_weights(tmp_path):
     (tmp_path / "model.safetensors").write_bytes(b"")
-    with pytest.raises(SaveError, match="weights of another kind: model.safetensors"):
+    with pytest.raises(SaveError, match=r"weights of another kind: model\.safetensors"):
         quarot_fx.save(Decoder().eval(), tmp_path, IDS)
 
 
@@ -301,7 +301,7 @@ def test_a_tensor_without_a_name(tmp_path):
         def forward(self, ids):
             return self.head(F.linear(self.embedding(ids), self.matrix).relu())
 
-    with pytest.raises(SaveError, match="neither a parameter nor a buffer of it: .*matrix"):
+    with pytest.raises(SaveError, match=r"neither a parameter nor a buffer of it: .*matrix"):
         quarot_fx.save(Hidden().eval(), tmp_path, IDS)
 
 

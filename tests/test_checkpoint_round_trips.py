@@ -107,7 +107,7 @@ def test_a_model_of_ones_own(tmp_path):
 
 
 def test_what_is_loaded_is_saved_again(tmp_path):
-    quarot_fx.save(tiny_model("llama"), tmp_path / "one")
+    quarot_fx.save(tiny_model("llama"), tmp_path / "one", w_bits=8, w_clip=1.0)
     quarot_fx.save(load(tmp_path / "one"), tmp_path / "two")
     assert_equal(logits(load(tmp_path / "two")), logits(load(tmp_path / "one")))
     one, two = (sorted(path.name for path in (tmp_path / name).glob("*.safetensors")) for name in ("one", "two"))
@@ -168,6 +168,15 @@ def test_a_form_that_the_checkpoint_does_not_hold(tmp_path):
     with pytest.raises(NotInCheckpointError, match=r"down_proj\.weight.*, 8, None.*It holds.*, 4, None") as caught:
         compiled(model, w_bits=8, overrides={"*.[!d]*_proj": "skip"})(IDS)
     assert caught.value.folder == str(tmp_path)
+
+
+def test_a_loaded_model_that_is_written_to(tmp_path):
+    quarot_fx.save(tiny_model("llama"), tmp_path)
+    model = load(tmp_path)
+    model(IDS)
+    model.load_state_dict(tiny_model("llama").state_dict())
+    with pytest.raises(OriginalsFreedError, match=r"loaded without its content, from a checkpoint.*updated in place"):
+        model(IDS)
 
 
 def test_a_loaded_model_cannot_be_checked_against_its_original(tmp_path):

@@ -74,7 +74,7 @@ def fill(model: torch.nn.Module, manifest: Manifest, reader: ShardReader, folder
         ArchitectureError: the model has other ones.
     """
     check_fits(model, manifest, folder)
-    values = SavedValues(folder, str(manifest.options), _readers(manifest, reader, folder))
+    values = SavedValues(folder, config_of(manifest, folder, {}), _readers(manifest, reader))
     like = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     made = {}
     for name in sorted(manifest.model, key=lambda name: -_size(manifest.model[name])):  # one buffer for what is absent
@@ -114,7 +114,7 @@ def _tensor(name: str, one: ModelTensor, like: torch.Tensor, reader: ShardReader
     return torch.nn.Parameter(data, layout.requires_grad) if isinstance(like, torch.nn.Parameter) else data
 
 
-def _readers(manifest: Manifest, reader: ShardReader, folder: str) -> dict[tuple[str, ...], Callable[..., Any]]:
+def _readers(manifest: Manifest, reader: ShardReader) -> dict[tuple[str, ...], Callable[..., Any]]:
     def of_value(one: Value) -> Callable[[torch.device], torch.Tensor]:
         return lambda device: reader.read(one.tensor).to(device)
 

@@ -144,7 +144,7 @@ class Manifest:
     shards: Mapping[str, Shard] = field(default_factory=dict)
 
     def as_index(self) -> dict[str, Any]:
-        """Return the index of a sharded checkpoint, as all readers of safetensors know it, with this in its metadata."""
+        """Return an index of shards, as all readers of safetensors know it, with this in its metadata."""
         elements = (DTYPES[one.dtype].itemsize * math.prod(one.shape) for one in self.tensors.values())
         return {
             "metadata": {"total_size": sum(elements), "quarot": {"format": FORMAT, **asdict(self)}},

@@ -12,6 +12,7 @@ import torch
 from torch import fx
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from quarot_fx.config import QuarotConfig
 from quarot_fx.errors import CheckpointFormatError, NotInCheckpointError
 from quarot_fx.store import Expression, expression, version
 
@@ -25,13 +26,13 @@ class SavedValues:
 
     Attributes:
         folder: where it is, for messages.
-        options: that it was made with, for messages.
+        config: that it was made with.
         readers: how a value was made -> a function of a device that reads the value: a tensor, or the three results of
             ``quarot::quantize_weight``.
     """
 
     folder: str
-    options: str
+    config: QuarotConfig
     readers: Mapping[How, Callable[[torch.device], Any]]
 
 
@@ -76,7 +77,7 @@ def saved_value(node: fx.Node) -> Any | None:
 
 
 def missing_value(node: fx.Node) -> NotInCheckpointError | None:
-    """Return the error that tells what a checkpoint lacks, for a node made of parameters that it holds no content of."""
+    """Return the error that tells what a checkpoint lacks, for a node that cannot be computed without it."""
     found = _look_up(expression(node))
     if found is None:
         return None
@@ -88,7 +89,7 @@ def missing_value(node: fx.Node) -> NotInCheckpointError | None:
         parameter=names[0],
         wanted="; ".join(how),
         held=" or ".join(held) or "nothing",
-        options=values.options,
+        options=values.config.as_options(),
     )
 
 

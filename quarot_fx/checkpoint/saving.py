@@ -18,6 +18,7 @@ import quarot_fx
 from quarot_fx.binding import compiled_graphs
 from quarot_fx.capture import Captured
 from quarot_fx.checkpoint.manifest import DTYPE_NAMES, Codes, Manifest, ModelTensor, Value
+from quarot_fx.checkpoint.saved import origin_of
 from quarot_fx.checkpoint.shards import ShardWriter, commit
 from quarot_fx.checkpoint.skeleton import describe, example_inputs, write_configs
 from quarot_fx.config import OF_THE_RUN, QuarotConfig
@@ -48,8 +49,8 @@ def save(
     """Write what ``torch.compile(model, backend="quarot", options=options)`` makes of a model's weights to a folder.
 
     Weights are rotated and quantised one after another, and each is on its way to the disk before the next is touched.
-    A checkpoint that is in the folder already is replaced at the end, in one step. It does not depend on the device, nor
-    on the kernels that will read it.
+    A checkpoint that is in the folder already is replaced at the end, in one step. It does not depend on the device,
+    nor on the kernels that will read it.
 
     Args:
         model: an ``nn.Module`` in evaluation mode, or what ``torch.compile`` made of one.
@@ -59,7 +60,8 @@ def save(
             that there are are saved, with their options.
         free_originals: release each weight as soon as what is made of it is written; then only the checkpoint is left.
         max_shard_size: of a file, in bytes or as text: ``"500MB"``.
-        options: fields of :class:`~quarot_fx.config.QuarotConfig`.
+        options: fields of :class:`~quarot_fx.config.QuarotConfig`; for a model that was loaded, those of its
+            checkpoint are the default.
 
     Raises:
         SaveError: there is no graph to save, or the folder holds other weights.
@@ -219,18 +221,20 @@ def _graphs(
     """Return graphs of a model, with their parameters by place, and the config that they are rewritten with."""
     for name in options.keys() & set(OF_THE_RUN):
         raise OptionError(name=name, value=options[name], reason="changes no weight; give it to load")
-    wanted = QuarotConfig.from_options({**options, "kernels": "none"})
+    origin = next((found for tensor in names.tensors.values() if (found := origin_of(tensor))), None)
+    made_with = origin.config.as_options() if origin and not options else options
+    wanted = QuarotConfig.from_options({**made_with, "kernels": "none"})
     if inputs is None:
         compiled = [(graph, bound) for graph in compiled_graphs() for bound in graph.bound_parameters()]
         ours = [(graph, bound) for graph, bound in compiled if any(one in names for one in bound.values())]
-        made_with = {graph.config.of_weights() for graph, _ in ours}
-        if not options and len(made_with) == 1:
-            wanted = replace(next(iter(made_with)), kernels="none")
+        configs = {graph.config.of_weights() for graph, _ in ours}
+        if not options and len(configs) == 1:
+            wanted = replace(next(iter(configs)), kernels="none")
         fitting = [(g.captured, bound) for g, bound in ours if g.config.of_weights() == wanted.of_weights()]
         if fitting:
             return fitting, wanted
         if ours and not options:
-            reason = f"it is compiled with {len(made_with)} different sets of options"
+            reason = f"it is compiled with {len(configs)} different sets of options"
             raise SaveError(folder=names._folder, reason=reason, remedy="Give the options that it is to be saved with.")
     examples = example_inputs(model) if inputs is None else [inputs]
     if not examples:

@@ -1,8 +1,8 @@
 """Shards: safetensors files of a folder, and the index that names them.
 
-A shard is written under a name that follows from its content, so that none that an index names is ever overwritten; then
-the index is replaced, in one step; then what no index names is removed. Whenever that is cut short, the folder holds the
-checkpoint from before or the new one, whole.
+A shard is written under a name that follows from its content, so that none that an index names is ever overwritten;
+then the index is replaced, in one step; then what no index names is removed. Whenever that is cut short, the folder
+holds the checkpoint from before or the new one, whole.
 """
 
 from __future__ import annotations

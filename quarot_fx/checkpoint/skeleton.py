@@ -1,5 +1,5 @@
-"""Models of transformers without weights, from what a checkpoint says about them: a class of transformers itself and its
-config. Code that comes with a checkpoint is never run.
+"""Models of transformers without weights, from what a checkpoint says about them: a class of transformers itself and
+its config. Code that comes with a checkpoint is never run.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ IMPLEMENTATIONS = {
 
 
 def describe(model: torch.nn.Module) -> dict[str, Any] | None:
-    """Return what :func:`build` makes a model of again, as JSON-able data; ``None`` if it is no model of transformers."""
+    """Return what :func:`build` makes a model of again, JSON-able; ``None`` if it is no model of transformers."""
     if not type(model).__module__.startswith("transformers."):
         return None
     config: Any = model.config
@@ -50,7 +50,7 @@ def build(description: Mapping[str, Any], fail: Callable[[str], Exception]) -> t
     transformers = import_extra("transformers", extra="models")
     name, fields = description.get("class"), description.get("config")
     model_class: Any = getattr(transformers, name, None) if isinstance(name, str) else None
-    if not (isinstance(model_class, type) and issubclass(model_class, transformers.PreTrainedModel)):
+    if not _is_subclass(model_class, transformers.PreTrainedModel):
         raise fail(f"transformers {transformers.__version__} has no model {name!r}")
     model_type = fields.get("model_type") if isinstance(fields, dict) else None
     if not isinstance(fields, dict) or model_type not in transformers.CONFIG_MAPPING:
@@ -72,8 +72,12 @@ def build(description: Mapping[str, Any], fail: Callable[[str], Exception]) -> t
     return evaluated
 
 
+def _is_subclass(one: Any, base: type) -> bool:
+    return isinstance(one, type) and issubclass(one, base)
+
+
 def write_configs(model: torch.nn.Module, config: QuarotConfig, folder: Path) -> None:
-    """Write ``config.json`` and ``generation_config.json``, by which ``from_pretrained`` knows a model of transformers."""
+    """Write ``config.json`` and ``generation_config.json``, by which ``from_pretrained`` knows a model."""
     description = describe(model)
     if description is None:
         return
@@ -90,8 +94,8 @@ def write_configs(model: torch.nn.Module, config: QuarotConfig, folder: Path) ->
 
 
 def example_inputs(model: torch.nn.Module) -> list[dict[str, Any]]:
-    """Return inputs to trace a causal language model of transformers with: a prompt without a cache and, where the model
-    can be compiled with one, a prompt and a token with a static cache. There are none for any other model.
+    """Return inputs to trace a causal language model of transformers with: a prompt without a cache and, where the
+    model can be compiled with one, a prompt and a token with a static cache. There are none for any other model.
     """
     embeddings = None
     if type(model).__module__.startswith("transformers."):
@@ -103,8 +107,10 @@ def example_inputs(model: torch.nn.Module) -> list[dict[str, Any]]:
     inputs: list[dict[str, Any]] = [{"input_ids": prompt, "use_cache": False}]
     if getattr(model, "_can_compile_fullgraph", False):
         static_cache = import_extra("transformers", extra="models").StaticCache
-        for tokens in (prompt, prompt[:, :1]):
-            inputs.append({"input_ids": tokens, "past_key_values": static_cache(config=model.config, max_cache_len=32)})
+        inputs += [
+            {"input_ids": tokens, "past_key_values": static_cache(config=model.config, max_cache_len=32)}
+            for tokens in (prompt, prompt[:, :1])
+        ]
     return inputs
 
 

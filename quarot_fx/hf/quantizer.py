@@ -20,8 +20,8 @@ from quarot_fx.hf.config import METHOD, QuarotQuantizationConfig
 
 @register_quantizer(METHOD)
 class QuarotQuantizer(HfQuantizer):
-    """A checkpoint of ours is loaded by us, and any other model is compiled: its weights are quantised when it is called
-    first.
+    """A checkpoint of ours is loaded by us, and any other model is compiled: its weights are quantised when it is
+    called first.
     """
 
     requires_calibration = False
