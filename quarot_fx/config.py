@@ -15,6 +15,8 @@ ROTATIONS = ("hadamard", "random", "none")
 KERNELS = ("auto", "reference", "none")
 ROUNDINGS = ("nearest", "gptq")
 OVERRIDABLE = ("w_bits", "a_bits", "w_group", "a_group", "w_sym", "a_sym", "w_clip", "a_clip", "w_rounding")
+# Options that change no weight: how the graph runs, and what becomes of what it was made of.
+OF_THE_RUN = ("nested_backend", "mode", "kernels", "check", "free_originals")
 SKIP: Mapping[str, Any] = {"w_bits": UNQUANTIZED_BITS, "a_bits": UNQUANTIZED_BITS}
 
 
@@ -141,6 +143,18 @@ class QuarotConfig:
             if name not in known:
                 raise UnknownOptionError("option", str(name), known)
         return cls(**(options or {}))
+
+    def of_weights(self) -> QuarotConfig:
+        """Return the config with the defaults for all options of the run: what constants depend on."""
+        return replace(self, **{name: getattr(QuarotConfig, name) for name in OF_THE_RUN})
+
+    def as_options(self) -> dict[str, Any]:
+        """Return the options that differ from the defaults, as JSON-able data that :meth:`from_options` takes."""
+        options = {field.name: getattr(self, field.name) for field in fields(self)}
+        if self.overrides:
+            options["overrides"] = self._override_patterns
+        changed = {name: value for name, value in options.items() if value != getattr(QuarotConfig, name)}
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in changed.items()}
 
     @property
     def key_scheme(self) -> QuantScheme:

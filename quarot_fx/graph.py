@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -177,15 +177,15 @@ def is_deterministic(node: fx.Node) -> bool:
     return not node.is_impure() and torch.Tag.nondeterministic_seeded not in getattr(node.target, "tags", ())
 
 
-def with_sources(*nodes: fx.Node) -> dict[fx.Node, None]:
-    """Return nodes and all that they are computed from, in order of appearance."""
+def with_sources(*nodes: fx.Node, without: Container[fx.Node] = ()) -> dict[fx.Node, None]:
+    """Return nodes and all that they are computed from, in order of appearance, except through some others."""
     found: dict[fx.Node, None] = {}
     pending = list(reversed(nodes))
     while pending:
         node = pending.pop()
         if node not in found:
             found[node] = None
-            pending.extend(reversed(node.all_input_nodes))
+            pending.extend(source for source in reversed(node.all_input_nodes) if source not in without)
     return found
 
 

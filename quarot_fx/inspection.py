@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -138,7 +139,7 @@ def capture_graphs(model: Callable[..., Any], inputs: Inputs) -> list[tuple[Capt
 
     args, kwargs = _arguments(model, inputs)
     without_limits = torch._dynamo.config.patch(recompile_limit=2**16, accumulated_recompile_limit=2**16)
-    with torch.no_grad(), without_limits:
+    with torch.no_grad(), without_limits, _uncompiled(model):
         try:
             stand_ins.call(torch.compile(model, backend=collect_all, dynamic=False, fullgraph=True), args, kwargs)
         except _Collected:
@@ -150,6 +151,20 @@ def capture_graphs(model: Callable[..., Any], inputs: Inputs) -> list[tuple[Capt
     if errors:
         raise errors[0]
     return found
+
+
+@contextmanager
+def _uncompiled(model: Callable[..., Any]) -> Iterator[None]:
+    """Let modules that ``module.compile()`` was called on run as they are: they would call what was compiled."""
+    modules = list(model.modules()) if isinstance(model, torch.nn.Module) else []
+    compiled = {module: module._compiled_call_impl for module in modules if module._compiled_call_impl is not None}
+    try:
+        for module in compiled:
+            module._compiled_call_impl = None
+        yield
+    finally:
+        for module, call in compiled.items():
+            module._compiled_call_impl = call
 
 
 def _arguments(model: Callable[..., Any], inputs: Inputs) -> tuple[tuple[Any, ...], dict[str, Any]]:
