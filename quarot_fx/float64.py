@@ -20,7 +20,7 @@ from quarot_fx.checkpoint.saved import missing_value, saved_value
 from quarot_fx.errors import NonFiniteWeightError, OriginalsFreedError
 from quarot_fx.graph import stored_tensor, with_sources
 from quarot_fx.ops.declaration import reference_of
-from quarot_fx.row_blocks import computed_by_rows, has_rows, row_blocks, size_of
+from quarot_fx.row_blocks import computed_by_rows, has_rows, rotates_rows, row_blocks, size_of
 from quarot_fx.store import check_not_freed, expression
 
 Known = MutableMapping[fx.Node, Any]
@@ -136,19 +136,36 @@ class _Evaluation:
             return widen(_finite(node))
         if steps := computed_by_rows(node):
             return self._by_rows(steps, dtype)
-        value = _call(node, self._value)
+        value = self._by_columns(node) if rotates_rows(node) else _call(node, self._value)
+        self._let_go(node)
+        return value
+
+    def _let_go(self, node: fx.Node) -> None:
+        """Drop what only a node needed that is computed now."""
         for source in node.all_input_nodes:
             self._readers[source] -= 1
             if not self._readers[source]:
-                del self._values[source]
-        return value
+                self._values.pop(source, None)
+
+    def _whole(self, node: fx.Node) -> Any:
+        """Return a value of which parts are taken: a parameter as it is, without a copy in float64."""
+        return _finite(node) if node.op == "get_attr" and saved_value(node) is None else self._value(node)
+
+    def _by_columns(self, node: fx.Node) -> torch.Tensor:
+        """Rotate the rows of a matrix, a few columns at a time."""
+        x, *how = node.args
+        whole = self._whole(x)  # type: ignore[arg-type]
+        result = torch.empty_like(whole, dtype=torch.float64, memory_format=torch.contiguous_format)
+        for columns in row_blocks(whole.mT.shape):
+            result[:, columns] = node.target(widen(whole[:, columns]), *how)  # type: ignore[operator]
+        return result
 
     def _by_rows(self, steps: Sequence[fx.Node], dtype: torch.dtype | None) -> Any:
         """Compute the last of some steps a few rows at a time."""
         size = size_of(steps[-1])
         given = {node for step in steps for node in step.all_input_nodes if node not in steps}
         given |= {step for step in steps if saved_value(step) is not None}
-        wholes = {node: _finite(node) if node.op == "get_attr" else self._value(node) for node in given}
+        wholes = {node: self._whole(node) for node in given}
         result = _Stacked(size[0])
         for rows in row_blocks(size):
             values = {node: widen(whole[rows] if has_rows(node, size) else whole) for node, whole in wholes.items()}
@@ -157,6 +174,8 @@ class _Evaluation:
                     values[step] = _call(step, values.__getitem__)
             block = values[steps[-1]]
             result.put(rows, tree_map(lambda part: part if dtype is None else part.to(dtype), block))
+        for step in steps:
+            self._let_go(step)
         return result.value
 
 

@@ -14,7 +14,7 @@ from quarot_fx.graph import argument_nodes
 from quarot_fx.ops import pack, quantize_weight, rotate
 
 aten = torch.ops.aten
-BLOCK = 2**23  # elements: 64 MiB in float64
+BLOCK = 2**21  # elements: 16 MiB in float64
 
 ELEMENTWISE = {
     aten.add.Tensor,
@@ -34,8 +34,8 @@ def row_blocks(size: torch.Size) -> Iterator[slice]:
 
 
 def computed_by_rows(node: fx.Node) -> list[fx.Node]:
-    """Return the steps, in order, that a constant can be computed by a few rows at a time, ``node`` last; none if some
-    step mixes rows, as a rotation of the first axis does, or if the constant is small.
+    """Return the steps, in order, that a constant can be computed by some rows at a time, ``node`` last; none if it mixes
+    rows itself, or is small. Steps before that mix rows, as a rotation of the first axis does, have to be there whole.
 
     A row of a step follows from the same row of those arguments that have as many, of as many axes, and from the whole
     of its other arguments.
@@ -47,13 +47,17 @@ def computed_by_rows(node: fx.Node) -> list[fx.Node]:
     pending = [node]
     while pending:
         step = pending.pop()
-        if step in found or is_given(step):
+        if step in found or is_given(step) or _mixes(step) or any(_is_misaligned(one, size) for one in _sizes(step)):
             continue
-        if _mixes(step) or any(len(one) > len(size) or _is_misaligned(one, size) for one in _sizes(step)):
-            return []
         found[step] = None
         pending += [argument for argument in argument_nodes(step) if has_rows(argument, size)]
     return sorted(found)
+
+
+def rotates_rows(node: fx.Node) -> bool:
+    """Whether a node is a rotation of the first axis of a matrix that is not small, whose columns are independent."""
+    size = size_of(node)
+    return node.target is rotate and _mixes(node) and len(size) == 2 and size.numel() > BLOCK
 
 
 def is_given(node: fx.Node) -> bool:
@@ -79,7 +83,7 @@ def _sizes(step: fx.Node) -> list[torch.Size]:
 
 
 def _is_misaligned(own: torch.Size, size: torch.Size) -> bool:
-    return len(own) == len(size) and own[0] not in (1, size[0])
+    return len(own) > len(size) or (len(own) == len(size) and own[0] not in (1, size[0]))
 
 
 def _mixes(step: fx.Node) -> bool:

@@ -118,16 +118,16 @@ def test_shards(tmp_path):
     quarot_fx.save(tiny_model("llama"), tmp_path / "one")
     quarot_fx.save(tiny_model("llama"), tmp_path / "many", max_shard_size="20KB")
     shards = sorted((tmp_path / "many").glob("*.safetensors"))
-    assert len(shards) > 5
+    assert len(shards) > 3
     index = json.loads((tmp_path / "many" / INDEX).read_text())
-    assert {name for shard in shards for name in load_file(shard)} == set(index["weight_map"])
+    assert {name: shard.name for shard in shards for name in load_file(shard)} == index["weight_map"]
     assert_equal(logits(load(tmp_path / "many")), logits(load(tmp_path / "one")))
 
 
 def test_another_checkpoint_takes_the_place_of_the_one_before(tmp_path):
     quarot_fx.save(tiny_model("llama"), tmp_path, max_shard_size="20KB")
     quarot_fx.save(tiny_model("llama", seed=1), tmp_path)
-    assert len(list(tmp_path.iterdir())) == 2
+    assert len(list(tmp_path.glob("*.safetensors"))) == 1
     expected = logits(compiled(tiny_model("llama", seed=1)))
     assert_equal(logits(load(tmp_path)), expected)
 
@@ -165,8 +165,8 @@ def test_a_form_that_the_checkpoint_does_not_hold(tmp_path):
     quarot_fx.save(tiny_model("llama"), tmp_path)
     model = load(tmp_path)
     torch._dynamo.reset()
-    with pytest.raises(NotInCheckpointError, match=r"down_proj\.weight.*, 8, None.*It holds.*, 4, None") as caught:
-        compiled(model, w_bits=8, overrides={"*.[!d]*_proj": "skip"})(IDS)
+    with pytest.raises(NotInCheckpointError, match=r"weight.*, 8, None, None, True.*It holds.*, 4, None") as caught:
+        compiled(model, w_bits=8)(IDS)
     assert caught.value.folder == str(tmp_path)
 
 

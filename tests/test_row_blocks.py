@@ -81,5 +81,6 @@ def test_what_mixes_rows_is_computed_whole(monkeypatch):
     assert (True, 1) in rotations
     assert (False, 0) in rotations
     assert (True, 0) not in rotations
+    assert any(steps[:1] == ["quarot.rotate.default"] for steps, *_ in found), "after one over rows, by rows again"
     quantized = [steps for steps, target, _ in found if target == "quarot.quantize_weight.default"]
     assert ["aten.mul.Tensor", "aten.to.dtype", "quarot.rotate.default", "quarot.quantize_weight.default"] in quantized

@@ -69,6 +69,7 @@ def save(
         OriginalsFreedError: the model's weights were freed, and what is left of them is not enough.
         UnboundParameterError: the model is on the meta device, or quantised already.
     """
+    writer = ShardWriter(Path(folder), _bytes(max_shard_size))
     model = getattr(model, "_orig_mod", model)
     names = _Names(model, str(folder))
     graphs, config = _graphs(model, inputs, options, names)
@@ -76,7 +77,6 @@ def save(
     for captured, parameters in graphs:
         captured.check_has_data(parameters)  # type: ignore[arg-type]
         constants.collect(_planned(captured, parameters, config))
-    writer = ShardWriter(Path(folder), _bytes(max_shard_size))
     held = names.unconsumed(constants)
     stored = {name: writer.add(name, names.tensors[name]) for name in held}
     values, codes = constants.write(writer, free_originals, held)

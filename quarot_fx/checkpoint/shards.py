@@ -47,7 +47,6 @@ class ShardWriter:
         self.tensors: dict[str, TensorInfo] = {}
         self.shards: dict[str, Shard] = {}
         _check_writable(folder)
-        folder.mkdir(parents=True, exist_ok=True)
 
     def add(self, name: str, tensor: torch.Tensor) -> str:
         """Add a tensor, and return the name that it gets: its own, or one with a number if that is taken.
@@ -72,6 +71,7 @@ class ShardWriter:
         _sync_folder(self._folder)
 
     def _write(self) -> None:
+        self._folder.mkdir(parents=True, exist_ok=True)
         handle, path = tempfile.mkstemp(prefix=_TEMPORARY, dir=self._folder)
         os.close(handle)
         save_file(self._pending, path, metadata={"format": "pt"})
