@@ -1,7 +1,8 @@
 """New keys or values are embedded, rotated, quantised, packed and stored by one kernel, which reads them once.
 
 A program takes many tokens of one head: a Hadamard transform is a product with one small matrix on tensor cores, as in
-``rope_rotate``, and a token's codes stay in registers until their bytes are put together.
+``rope_rotate``, and a token's codes stay in registers until their bytes are put together. Of one token it takes nothing
+but this row: as few instructions as possible, which are fetched for the first time in every decoding step.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from quarot_fx.lowering.triton.rotate import PRECISIONS, load_matrix
 from quarot_fx.lowering.triton.rotation_matrices import head_matrix, power_of_two_from
 
 MOST_TOKENS = 64  # of a program's tile
+ONE_WARP = 256  # elements that one warp takes, without a barrier
 
 
 @triton.jit
@@ -77,6 +79,7 @@ def _append(
     mask = (token < tokens)[:, None] & (column < SIZE)[None, :]
     wait_for_inputs(EARLY)
     let_dependents_start(EARLY)
+    place = tl.load(position + token, mask=token < tokens, other=-1)
     if cos is not None:
         angles = batch * stride_angles
         first, second = embedded_halves(head_at, token, tokens, stride_token, cos, sin, angles, SIZE, HALF_BLOCK)
@@ -85,7 +88,6 @@ def _append(
         values = tl.load(head_at + token[:, None] * stride_token + column[None, :], mask=mask, other=0)
         if matrix is not None:
             values = dot(values, rotation, PRECISION)
-    place = tl.load(position + token, mask=token < tokens, other=-1)
     is_stored = (place >= 0) & (place < capacity)
     if matrix is not None:
         values = round_to(values * norm, x.dtype.element_ty)
@@ -156,13 +158,14 @@ def append_rows(
     if cos is not None and sin is not None:
         cos, sin = cos.contiguous(), sin.contiguous()
         stride_angles = 0 if len(cos) == 1 else tokens * size
-    row, tile = power_of_two_from(size), min(power_of_two_from(tokens), MOST_TOKENS)
+    row, tile = power_of_two_from(size), min(power_of_two_from(tokens, smallest=1), MOST_TOKENS)
     early = describe(x.device).starts_early
     _append[(triton.cdiv(tokens, tile), batch * heads)](
         x, cos, sin, matrix, position, codes, scale, zero, y, heads, tokens, codes.shape[2], norm, clip,
         *x.stride()[:3], stride_angles, *codes.stride()[:3], *scale.stride()[:3], *zero.stride()[:3],
         SIZE=size, BLOCK=row, HALF_BLOCK=power_of_two_from(size // 2),
         GROUPS=scale.shape[-1], GROUP_BLOCKS=1 if scale.shape[-1] == 1 else row // group,
-        BITS=bits, TOKENS=tile, PRECISION=PRECISIONS[x.dtype], EARLY=early, launch_pdl=early, num_warps=4,
+        BITS=bits, TOKENS=tile, PRECISION=PRECISIONS[x.dtype], EARLY=early, launch_pdl=early,
+        num_warps=1 if rotation is None and tile * row <= ONE_WARP else 4,
         enable_fp_fusion=False,  # a product is rounded before it is added to another, as in the reference
     )  # fmt: skip

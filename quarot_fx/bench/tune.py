@@ -112,16 +112,9 @@ def tune_attention(caches: Sequence[tuple[int, int]] = CACHES, bits: Sequence[in
 
     The next ones are printed: a table may want others for reasons that times do not show.
     """
-    tried = [(count, launch) for count in bits for launch in _attention_candidates(count)]
-    with ProcessPoolExecutor(COMPILERS, mp_context=multiprocessing.get_context("spawn")) as pool:
-        works = [job for job, fits in zip(tried, pool.map(_attends, *zip(*tried, strict=True)), strict=True) if fits]
     table: Table = {"attend": [], "attend_packed": []}
     for count in bits:
-        launches = [
-            launch | {"PROGRAMS": programs}
-            for (found, launch), programs in itertools.product(works, PROGRAMS)
-            if found == count
-        ]
+        launches = [launch for launch in _attention_candidates(count) if _attends(count, launch)]
         columns = [_attention_times(batch, keys, count, launches) for batch, keys in caches]
         ratios = [[time / min(column) for time in column] for column in columns]
         means = [sum(row) / len(row) for row in zip(*ratios, strict=True)]
@@ -135,20 +128,18 @@ def tune_attention(caches: Sequence[tuple[int, int]] = CACHES, bits: Sequence[in
 
 
 def _attention_candidates(bits: int) -> Iterator[Candidate]:
-    """Yield launch parameters without the number of programs, for which nothing is compiled anew."""
-    stages = (2, 3) if bits == 16 else (2, 3, 4)
-    registers = (None,) if bits == 16 else (None, 128)
-    for (keys, warps), count, limit in itertools.product(((64, 4), (128, 8)), stages, registers):
-        limits = {} if limit is None else {"maxnreg": limit}
-        yield {"KEYS": keys, "num_warps": warps, "num_stages": count, **limits}
+    """Yield launch parameters; a number of programs compiles nothing anew."""
+    tiles = [(64, 4, 2), (64, 4, 3), (128, 8, 2)] if bits == 16 else [(64, 4, 3), (64, 4, 4), (128, 8, 3)]
+    for (keys, warps, stages), programs in itertools.product(tiles, PROGRAMS):
+        yield {"KEYS": keys, "PROGRAMS": programs, "num_warps": warps, "num_stages": stages}
 
 
 def _attends(bits: int, launch: Candidate) -> bool:
-    """Compile a candidate, into Triton's cache, and return whether the device has room for it."""
+    """Return whether the device has room for a candidate."""
     from triton.runtime.errors import OutOfResources
 
     try:
-        _attention_times(1, 2048, bits, [launch | {"PROGRAMS": 1}])
+        _attention_times(1, 2048, bits, [launch])
     except OutOfResources:
         return False
     return True
