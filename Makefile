@@ -8,7 +8,7 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
 # How many random programs `make fuzz` draws.
 EXAMPLES ?= 4000
 
-.PHONY: demo test test-gpu test-slow fuzz sweep lint
+.PHONY: demo test test-eval test-gpu test-slow fuzz sweep lint
 
 demo: $(VENV)/installed-models
 	$(BIN)/quarot-fx demo
@@ -19,6 +19,10 @@ test: lint
 # The kernels' tests, on the GPU: without one they run in Triton's interpreter, as in `make test`.
 test-gpu: $(VENV)/installed-dev
 	$(BIN)/python -m pytest -m kernels
+
+# Zero-shot tasks: lm-eval brings half a gigabyte of packages, and `make test` skips what needs it.
+test-eval: $(VENV)/installed-dev $(VENV)/installed-eval
+	$(PYTEST) tests/test_evaluation.py
 
 test-slow: $(VENV)/installed-dev
 	$(PYTEST) -m slow

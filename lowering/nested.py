@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -20,8 +20,8 @@ MODES: dict[str, dict[str, Any]] = {
 }
 
 # Kernels of Inductor, like ours, may be started before the one ahead has ended (programmatic dependent launch), where
-# the GPU can.
-ON_GPU = {"triton.enable_pdl": True}
+# the GPU can. Those that do not read each other are one: RoPE of queries and of keys, and the update of a cache.
+ON_GPU = {"triton.enable_pdl": True, "combo_kernels": True}
 
 
 def check_nested_backend(name: str, mode: str | None) -> None:
@@ -49,7 +49,7 @@ def compile_nested(lifted: Lifted, arguments: Sequence[Any], name: str, mode: st
                 from torch._inductor.compile_fx import compile_fx
 
                 on_gpu = any(isinstance(one, torch.Tensor) and one.is_cuda for one in inputs)
-                patches = MODES[mode or "default"] | (ON_GPU if on_gpu else {})
+                patches = MODES[mode or "default"] | (known_to_inductor(ON_GPU) if on_gpu else {})
                 decompositions = _decompositions() if on_gpu else None
                 compiled: Any = compile_fx(module, inputs, config_patches=patches, decompositions=decompositions)
                 return compiled
@@ -59,6 +59,14 @@ def compile_nested(lifted: Lifted, arguments: Sequence[Any], name: str, mode: st
         raise
     except Exception as error:
         raise NestedBackendError(name=name, reason=f"{type(error).__name__}: {error}") from error
+
+
+def known_to_inductor(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Return those of the options that this version of Inductor has: they only make kernels faster."""
+    from torch._inductor import list_options
+
+    known = set(list_options())
+    return {name: value for name, value in options.items() if name in known}
 
 
 def _decompositions() -> dict[torch._ops.OpOverload, Callable[..., Any]]:

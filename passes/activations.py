@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, fx
 
 from quarot_fx.graph import is_float, is_tensor
-from quarot_fx.ops.rotate_quantize import ACTIVATIONS
+from quarot_fx.ops.activations import ACTIVATIONS
 from quarot_fx.passes.matching import before_casts, before_widening
 
 LONGEST = 12  # operators that an activation may be written with

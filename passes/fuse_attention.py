@@ -10,7 +10,7 @@ from torch import fx
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from quarot_fx.aliasing import argument, equal_sizes
-from quarot_fx.attention import ATTENTION
+from quarot_fx.attention import stand_for
 from quarot_fx.graph import Inserter, module_path, value
 from quarot_fx.passes.base import Pass
 from quarot_fx.passes.fusion import insert_fused
@@ -48,7 +48,7 @@ class FuseAttention(Pass):
                     insert, self.config, report, quarot.attend.default, q, key, val, mask, _scale(node)
                 )  # fmt: skip
             if fused is not None:
-                fused.meta[ATTENTION] = node.name
+                stand_for(fused, node)
                 node.replace_all_uses_with(fused)
                 program.graph.erase_node(node)  # no dead code to PyTorch: it might have drawn random numbers
 

@@ -21,11 +21,14 @@ class LowerOps(Pass):
 
     requires: ClassVar[tuple[str, ...]] = (
         "fuse-int-linears",
+        "fuse-gates",
         "merge-int-linears",
         "fuse-norms",
         "fuse-rotations",
         "fuse-ropes",
         "fuse-attention",
+        "fuse-packed-attention",
+        "fuse-appends",
     )
     tolerance: ClassVar[float | None] = None  # kernels compute in float32 at most
 

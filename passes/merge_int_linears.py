@@ -5,21 +5,19 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Hashable
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import fx
 
-from quarot_fx.graph import PART, Constants, Inserter, hoist, module_path
+from quarot_fx.graph import Constants, Inserter, hoist, module_path
 from quarot_fx.linear_like import LAYERS
 from quarot_fx.passes.base import Pass
+from quarot_fx.passes.int_linears import ACTIVATION, DTYPE, joined, storage
 from quarot_fx.program import Program
 from quarot_fx.report import PassReport
 
 aten, quarot = torch.ops.aten, torch.ops.quarot
-ACTIVATION = slice(0, 4)  # int_linear's arguments: codes, scale, zero, sum
-WEIGHT = slice(4, 8)  # codes, scale, zero, sum
-BITS, BIAS, RESIDUAL, DTYPE = range(8, 12)
 
 
 @dataclass(frozen=True)
@@ -28,7 +26,7 @@ class MergeIntLinears(Pass):
     more rows for each launch.
     """
 
-    requires: ClassVar[tuple[str, ...]] = ("fuse-int-linears",)
+    requires: ClassVar[tuple[str, ...]] = ("fuse-int-linears", "fuse-gates")
 
     def run(self, program: Program, report: PassReport) -> None:
         constants = Constants(program.graph)
@@ -38,7 +36,7 @@ class MergeIntLinears(Pass):
         for nodes in of_activation.values():
             alike: dict[Hashable, list[fx.Node]] = defaultdict(list)
             for node in nodes:
-                alike[_storage(node, constants)].append(node)
+                alike[storage(node, constants)].append(node)
             for same in alike.values():
                 if len(same) > 1:
                     self._merge(same)
@@ -50,32 +48,17 @@ class MergeIntLinears(Pass):
         first = nodes[0]
         insert = Inserter(first.graph, self.name, first)
 
-        def stacked(place: int) -> fx.Node | None:
-            parts: list[Any] = [node.args[place] for node in nodes]
-            if parts[0] is None:
-                return None
+        def stacked(parts: list[fx.Node]) -> fx.Node:
             for part in parts:
                 hoist(part, first)
-            whole = insert.call(aten.cat.default, parts, 0)
-            whole.meta[PART] = parts[0].meta.get(PART, "bias")
-            return whole
+            return insert.call(aten.cat.default, parts, 0)
 
         with first.graph.inserting_before(first):
-            weight = [stacked(place) for place in range(*WEIGHT.indices(len(first.args)))]
-            rest = (first.args[BITS], stacked(BIAS), None, first.args[DTYPE])
-            merged = insert.call(quarot.int_linear.default, *first.args[ACTIVATION], *weight, *rest)
+            arguments = joined(nodes, stacked)
+            merged = insert.call(quarot.int_linear.default, *arguments, None, first.args[DTYPE])
             merged.meta[LAYERS] = tuple(layer for node in nodes for layer in node.meta[LAYERS])
             start = 0
             for node in nodes:
                 end = start + node.meta["val"].shape[-1]
                 node.replace_all_uses_with(insert.call(aten.slice.Tensor, merged, -1, start, end))
                 start = end
-
-
-def _storage(node: fx.Node, constants: Constants) -> Hashable:
-    """Return what is equal for products that can be one; a product that cannot be merged is equal to itself only."""
-    parts: tuple[Any, ...] = (*node.args[WEIGHT], node.args[BIAS])
-    if node.args[RESIDUAL] is not None or any(part is not None and part not in constants for part in parts):
-        return node
-    groups = parts[1].meta["val"].shape[-1]
-    return groups, tuple(part is None for part in parts), node.args[BITS], node.args[DTYPE]

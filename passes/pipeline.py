@@ -12,13 +12,17 @@ from quarot_fx.errors import CheckError, PipelineError, UnknownOptionError
 from quarot_fx.float64 import relative_difference, run_in_float64
 from quarot_fx.garbage import collected_rarely
 from quarot_fx.passes.base import Pass, pass_name
+from quarot_fx.passes.compute_once import ComputeOnce
 from quarot_fx.passes.fold_biases import FoldBiases
 from quarot_fx.passes.fold_constants import FoldConstants
 from quarot_fx.passes.fold_gains import FoldGains
 from quarot_fx.passes.fold_means import FoldMeans
+from quarot_fx.passes.fuse_appends import FuseAppends
 from quarot_fx.passes.fuse_attention import FuseAttention
+from quarot_fx.passes.fuse_gates import FuseGates
 from quarot_fx.passes.fuse_int_linears import FuseIntLinears
 from quarot_fx.passes.fuse_norms import FuseNorms
+from quarot_fx.passes.fuse_packed_attention import FusePackedAttention
 from quarot_fx.passes.fuse_ropes import FuseRopes
 from quarot_fx.passes.fuse_rotations import FuseRotations
 from quarot_fx.passes.lower_ops import LowerOps
@@ -51,15 +55,20 @@ DEFAULT_ORDER: tuple[type[Pass], ...] = (
     QuantizeActivations,
     QuantizeCaches,
     FuseIntLinears,
+    FuseGates,  # before products are merged: those of gate and up become one in an order of their own
     MergeIntLinears,
     FuseNorms,
     FuseRotations,
     FuseRopes,
     SimplifyAttention,
     FuseAttention,
+    FusePackedAttention,
+    ComputeOnce,
+    FuseAppends,  # the first that makes a graph write: nothing may be moved afterwards
     LowerOps,
     FoldConstants,
 )
+QUANTIZING = (QuantizeWeights, QuantizeEmbeddings, QuantizeActivations, QuantizeCaches)
 PASSES: dict[str, type[Pass]] = {pass_name(cls): cls for cls in DEFAULT_ORDER}
 
 
@@ -123,6 +132,12 @@ def build_pipeline(config: QuarotConfig) -> list[Pass]:
         passes = passes[: ends[-1] + 1]
     passes = [p for p in passes if p.name not in config.disabled_passes and not isinstance(p, FoldConstants)]
     return [*passes, FoldConstants(config)]
+
+
+def split_at_quantization(passes: Sequence[Pass]) -> tuple[list[Pass], list[Pass]]:
+    """Return the passes before the first one that quantises, and from there on those up to the last one that does."""
+    places = [place for place, one in enumerate(passes) if isinstance(one, QUANTIZING)] or [len(passes)]
+    return list(passes[: places[0]]), list(passes[places[0] : places[-1] + 1])
 
 
 def check_order(passes: Sequence[Pass]) -> None:

@@ -7,20 +7,22 @@ from typing import ClassVar
 
 from torch import fx
 
-from quarot_fx.attention import before_repetition, reads_of_keys_and_values
+from quarot_fx.attention import Quantized, before_repetition, reads_of_keys_and_values
 from quarot_fx.config import UNQUANTIZED_BITS, QuantScheme
 from quarot_fx.errors import GroupSizeError
 from quarot_fx.graph import Constants, Inserter, after, argument_nodes, module_path, replace_arguments
 from quarot_fx.passes.base import Pass
 from quarot_fx.passes.quantized import insert_quantized
 from quarot_fx.program import Program
+from quarot_fx.quantized_reads import codes_of_cache
 from quarot_fx.report import PassReport
 
 
 @dataclass(frozen=True)
 class QuantizeCaches(Pass):
-    """``K, V -> scale (codes - zero)`` per token and head (QuaRot, section 4, stage 2c). A cache that the caller made
-    keeps real numbers in the canonical basis: they are rotated and quantised at every read.
+    """``K, V -> scale (codes - zero)`` per token and head (QuaRot, section 4, stage 2c). An ordinary cache of
+    the caller's keeps real numbers in the canonical basis: they are rotated and quantised at every read. One that holds
+    codes has quantised them already, with bits of its own, and is read as it is.
     """
 
     requires: ClassVar[tuple[str, ...]] = ("rotate",)
@@ -32,6 +34,13 @@ class QuantizeCaches(Pass):
         for read in list(reads_of_keys_and_values(program.graph)):
             scheme = self.config.key_scheme if read.kind == "key" else self.config.value_scheme
             where = module_path(read.user)
+            if (codes := codes_of_cache(read)) is not None:
+                if codes.bits == UNQUANTIZED_BITS:
+                    report.decline(where, f"the cache holds a part of the {read.kind}s as codes, and a part not")
+                else:
+                    read.note(Quantized(codes.bits, "cache"))
+                    report.matched += 1
+                continue
             user, place = before_repetition(read)
             x = argument_nodes(user)[place]
             if scheme.bits == UNQUANTIZED_BITS:
@@ -51,4 +60,5 @@ class QuantizeCaches(Pass):
                 with program.graph.inserting_before(after(x)):
                     made[x, dim, scheme] = insert_quantized(insert, x, scheme, dim)
             replace_arguments(user, {place: made[x, dim, scheme]})
+            read.note(Quantized(scheme.bits, "simulation"))
             report.matched += 1

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import fx
+from torch import Tensor, fx
 
 from quarot_fx.config import QuantScheme
 from quarot_fx.errors import GroupSizeError
@@ -103,6 +103,19 @@ def quantized_activation(node: fx.Node) -> QuantizedActivation | None:
     x, bits, group, clip = made[0].args
     scheme = QuantScheme(bits, group, made[0].target is QUANTIZE[True], clip)  # type: ignore[arg-type]
     return QuantizedActivation(dequantized, x, scheme)  # type: ignore[arg-type]
+
+
+def requantized(x: Tensor, like: fx.Node) -> Tensor:
+    """Return another tensor quantised and dequantised as a node's value was at run time; as it is if that was not."""
+    found = quantized_activation(like)
+    if found is None:
+        return x
+    if found.dequantized is not like:  # quantised over another axis, and transposed back
+        _, *dims = like.args
+        return requantized(x.transpose(*dims), found.dequantized).transpose(*dims)  # type: ignore[arg-type]
+    scheme = found.scheme
+    codes, scale, *zero = QUANTIZE[scheme.symmetric](x, scheme.bits, scheme.group, scheme.clip)
+    return quarot.dequantize(codes, scale, zero[0] if zero else None, x.dtype)
 
 
 def quantized_weight(node: fx.Node) -> QuantizedWeight | None:

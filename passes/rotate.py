@@ -11,7 +11,7 @@ from torch import fx
 
 from quarot_fx.basis.plan import Transform
 from quarot_fx.errors import PipelineError
-from quarot_fx.graph import Inserter, after, replace_arguments
+from quarot_fx.graph import Inserter, after, argument_nodes, replace_arguments
 from quarot_fx.passes.base import Pass
 from quarot_fx.program import Program
 from quarot_fx.report import PassReport
@@ -21,8 +21,8 @@ quarot = torch.ops.quarot
 
 @dataclass(frozen=True)
 class Rotate(Pass):
-    """``x -> x Q`` wherever the plan's cut runs. On constants ``fold-constants`` computes it once, in float64
-    (QuaRot, section 4, stage 1).
+    """``x -> x Q`` wherever the plan's cut runs, and ``x Q -> x`` where the graph had it before and x is in that basis
+    now. On constants ``fold-constants`` computes it once, in float64 (QuaRot, section 4, stage 1).
     """
 
     requires: ClassVar[tuple[str, ...]] = ("place-rotations",)
@@ -39,6 +39,9 @@ class Rotate(Pass):
         for (name, (user, place)), transforms in wanted.items():
             rotated = self._rotated(nodes[name], tuple(transforms), made)
             replace_arguments(nodes[user], {place: rotated})
+        for given in program.plan.given:
+            if given.is_identity:
+                nodes[given.node].replace_all_uses_with(argument_nodes(nodes[given.node])[0])
         report.matched = len(program.plan.online)
         report.weights = len({t.node for t in program.plan.transforms if not t.online})
 

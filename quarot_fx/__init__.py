@@ -18,11 +18,18 @@ _HOME = {
     "calibrate": "quarot_fx.calibration.calibrate",
     "GPTQOptions": "quarot_fx.calibration.options",
     "Calibration": "quarot_fx.calibration.report",
+    "sqnr": "quarot_fx.quantization_error",
+    "SQNRReport": "quarot_fx.quantization_error",
+    "absorb_rotations": "quarot_fx.checkpoint.absorbing",
+    "save": "quarot_fx.checkpoint.saving",
+    "load": "quarot_fx.checkpoint.loading",
     "Report": "quarot_fx.report",
     "Program": "quarot_fx.program",
     "RotationPlan": "quarot_fx.basis.plan",
     "Rotation": "quarot_fx.rotation",
     "Pass": "quarot_fx.passes.base",
+    "QuarotCache": "quarot_fx.cache.quarot_cache",
+    "generation_cache": "quarot_fx.cache.generation",
     "QuarotError": "quarot_fx.errors",
 }
 __all__ = [*sorted(_HOME), "__version__"]

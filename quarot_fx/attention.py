@@ -9,13 +9,29 @@ import torch
 from torch import fx
 
 from quarot_fx.graph import Constants, argument_nodes, is_tensor
+from quarot_fx.ops import attend_packed
+from quarot_fx.ops.declaration import reference_of
 
 aten = torch.ops.aten
 FUSED = "aten.scaled_dot_product_attention.default"
 PRODUCTS = ("aten.matmul.default", "aten.bmm.default", "aten.baddbmm.default")
 SOFTMAX = ("aten.softmax.int", "aten._softmax.default", "aten._safe_softmax.default")
 ATTENTION = "quarot_attention"  # node.meta[ATTENTION]: the name of the attention that an op stands for
+QUANTIZED = "quarot_quantized"  # node.meta[QUANTIZED]: "key" or "value" -> how what a node reads was Quantized
 REACH = 16  # operators between the scores and the softmax (scale, cap, mask, casts), or after it, at most
+
+
+@dataclass(frozen=True)
+class Quantized:
+    """How keys or values were quantised before they are read.
+
+    Attributes:
+        bits: of a code.
+        by: ``"cache"``, the caller's, which holds codes; or ``"simulation"``, at every read.
+    """
+
+    bits: int
+    by: str
 
 
 @dataclass(frozen=True)
@@ -44,6 +60,28 @@ class Read:
         """Name of the node that reads, or of the one that it stands for, as the rotation plan knows it."""
         return str(self.user.meta.get(ATTENTION, self.user.name))
 
+    @property
+    def quantized(self) -> Quantized | None:
+        """How what is read was quantised, as :meth:`note` noted it."""
+        found: Quantized | None = self.user.meta.get(QUANTIZED, {}).get(self.kind)
+        return found
+
+    def note(self, quantized: Quantized) -> None:
+        """Note how what is read was quantised."""
+        self.user.meta[QUANTIZED] = {**self.user.meta.get(QUANTIZED, {}), self.kind: quantized}
+
+
+def stand_for(fused: fx.Node, attention: fx.Node) -> None:
+    """Let a node be read as the attention that it replaces."""
+    fused.meta[ATTENTION] = attention.meta.get(ATTENTION, attention.name)
+    if QUANTIZED in attention.meta:
+        fused.meta[QUANTIZED] = attention.meta[QUANTIZED]
+
+
+def reads_codes(attention: fx.Node) -> bool:
+    """Whether an attention takes codes, scale and zero point of keys, and then of values."""
+    return bool(reference_of(attention.target) is attend_packed)
+
 
 def reads_of_keys_and_values(graph: fx.Graph) -> Iterator[Read]:
     """Yield the reads of keys and values of every attention: fused, or a softmax between two products."""
@@ -51,7 +89,7 @@ def reads_of_keys_and_values(graph: fx.Graph) -> Iterator[Read]:
     for node in graph.nodes:
         if str(node.target) == FUSED or ATTENTION in node.meta:
             yield Read("key", node, 1, -1)
-            yield Read("value", node, 2, -1)
+            yield Read("value", node, 4 if reads_codes(node) else 2, -1)
         elif str(node.target) in SOFTMAX:
             scores = _back_to_product(node, constants)
             mix = _on_to_product(node, constants)

@@ -59,7 +59,7 @@ def compile_graph(gm: fx.GraphModule, example_inputs: Sequence[Any], config: Qua
             raise InputRequiresGradError(name=node.name)
     check_evaluation_mode(gm)
     captured = capture(gm, example_inputs)
-    graph = BoundGraph(captured, passes, SHARED, config.free_originals, config.check)
+    graph = BoundGraph(captured, config, passes, SHARED)
     graph.compile(
         example_inputs, lambda lifted: compile_nested(lifted, example_inputs, config.nested_backend, config.mode)
     )

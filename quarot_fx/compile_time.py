@@ -12,7 +12,8 @@ from torch._ops import OpOverload
 from torch.utils._pytree import tree_leaves
 
 from quarot_fx.aliasing import packet
-from quarot_fx.graph import FROZEN, PARAMETER, is_deterministic, value, with_sources, written_tensors
+from quarot_fx.graph import FROZEN, PARAMETER, is_deterministic, value, written_tensors
+from quarot_fx.observation import Observer, observed
 
 aten = torch.ops.aten
 LARGEST = 2**30  # bytes of a value that is computed at compile time, at most
@@ -44,20 +45,11 @@ class CompileTimeValues:
 
         Every value is computed once, and let go after its last use.
         """
-        judged = set(nodes)
-        needed = with_sources(*judged)
-        graph = fx.Graph()
-        copies: dict[fx.Node, fx.Node] = {}
-        verdicts: dict[fx.Node, fx.Node] = {}
-        for node in self._graph.nodes:
-            if node in needed:
-                copies[node] = graph.node_copy(node, copies.__getitem__)
-            if node in judged:
-                verdicts[node] = graph.call_function(verdict, (copies[node],))
-        graph.output(list(verdicts.values()))
+        judged = list(dict.fromkeys(nodes))
+        graph = observed(self._graph, [Observer(verdict, (node,)) for node in judged])
         with torch.no_grad():
             results = fx.Interpreter(self._graph.owning_module, graph=graph).run()  # type: ignore[arg-type]
-        return dict(zip(verdicts, results, strict=True))
+        return dict(zip(judged, results, strict=True))
 
     def _decide(self, node: fx.Node) -> str | None:
         if isinstance(value(node), torch.SymInt | torch.SymFloat | torch.SymBool):

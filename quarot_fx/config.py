@@ -15,6 +15,8 @@ ROTATIONS = ("hadamard", "random", "none")
 KERNELS = ("auto", "reference", "none")
 ROUNDINGS = ("nearest", "gptq")
 OVERRIDABLE = ("w_bits", "a_bits", "w_group", "a_group", "w_sym", "a_sym", "w_clip", "a_clip", "w_rounding")
+# Options that change no weight: how the graph runs, and what becomes of what it was made of.
+OF_THE_RUN = ("nested_backend", "mode", "kernels", "check", "free_originals")
 SKIP: Mapping[str, Any] = {"w_bits": UNQUANTIZED_BITS, "a_bits": UNQUANTIZED_BITS}
 
 
@@ -110,11 +112,11 @@ class QuarotConfig:
         self._set("disabled_passes", tuple(self.disabled_passes))
         self._set("overrides", _frozen_overrides(self.overrides))
         for name in ("w_bits", "a_bits", "k_bits", "v_bits"):
-            _check_bits(name, getattr(self, name))
+            check_bits(name, getattr(self, name))
         for name in ("w_group", "a_group", "kv_group"):
-            _check_group(name, getattr(self, name))
+            check_group(name, getattr(self, name))
         for name in ("w_clip", "a_clip", "kv_clip"):
-            _check_clip(name, getattr(self, name))
+            check_clip(name, getattr(self, name))
         for name in ("w_sym", "a_sym", "kv_sym", "check", "free_originals"):
             _check_flag(name, getattr(self, name))
         if not isinstance(self.seed, int) or isinstance(self.seed, bool) or self.seed < 0:
@@ -141,6 +143,18 @@ class QuarotConfig:
             if name not in known:
                 raise UnknownOptionError("option", str(name), known)
         return cls(**(options or {}))
+
+    def of_weights(self) -> QuarotConfig:
+        """Return the config with the defaults for all options of the run: what constants depend on."""
+        return replace(self, **{name: getattr(QuarotConfig, name) for name in OF_THE_RUN})
+
+    def as_options(self) -> dict[str, Any]:
+        """Return the options that differ from the defaults, as JSON-able data that :meth:`from_options` takes."""
+        options = {field.name: getattr(self, field.name) for field in fields(self)}
+        if self.overrides:
+            options["overrides"] = self._override_patterns
+        changed = {name: value for name, value in options.items() if value != getattr(QuarotConfig, name)}
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in changed.items()}
 
     @property
     def key_scheme(self) -> QuantScheme:
@@ -198,17 +212,20 @@ def _frozen_overrides(overrides: Any) -> tuple[Any, ...]:
     return tuple(frozen)
 
 
-def _check_bits(name: str, bits: Any) -> None:
+def check_bits(name: str, bits: Any) -> None:
+    """Raise an OptionError unless an option is a number of bits."""
     if not isinstance(bits, int) or isinstance(bits, bool) or not (2 <= bits <= 8 or bits == UNQUANTIZED_BITS):
         raise OptionError(name=name, value=bits, reason=f"must be 2 to 8, or {UNQUANTIZED_BITS} to leave alone")
 
 
-def _check_group(name: str, group: Any) -> None:
+def check_group(name: str, group: Any) -> None:
+    """Raise an OptionError unless an option is the size of a group, or None."""
     if group is not None and (not isinstance(group, int) or isinstance(group, bool) or group < 1):
         raise OptionError(name=name, value=group, reason="must be a positive integer, or None for no groups")
 
 
-def _check_clip(name: str, clip: Any) -> None:
+def check_clip(name: str, clip: Any) -> None:
+    """Raise an OptionError unless an option is a clip ratio."""
     if clip == "search" and name == "w_clip":
         return
     if isinstance(clip, bool) or not isinstance(clip, int | float) or not 0 < clip <= 1:

@@ -7,13 +7,14 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import fx
 
-from quarot_fx.attention import before_repetition, reads_of_keys_and_values
+from quarot_fx.attention import Quantized, Read, reads_of_keys_and_values
 from quarot_fx.basis.plan import Site
 from quarot_fx.config import UNQUANTIZED_BITS, QuarotConfig
-from quarot_fx.graph import PARAMETER, Constants, argument_nodes, is_float, is_tensor, module_path, stored_tensor
+from quarot_fx.graph import PARAMETER, Constants, is_float, is_tensor, module_path, stored_tensor
 from quarot_fx.linear_like import LAYERS, Layer, linear_likes
 from quarot_fx.passes.quantized import quantized_activation, quantized_weight
 from quarot_fx.program import Program
+from quarot_fx.quantized_reads import codes_of_cache
 from quarot_fx.report import CacheRecord, LinearRecord, OtherWeight, Report
 from quarot_fx.roles import Roles
 
@@ -35,11 +36,17 @@ def cover(program: Program) -> Report:
     caches = []
     for read in reads_of_keys_and_values(program.graph):
         site = sites.get((read.kind, read.name), none)
-        user, place = before_repetition(read)
-        bits = _activation_bits(argument_nodes(user)[place])
-        caches.append(CacheRecord(module_path(read.user), read.kind, bits, site.rotated, site.why))
+        quantized = _quantized(read)
+        record = CacheRecord(module_path(read.user), read.kind, quantized.bits, site.rotated, site.why, quantized.by)
+        caches.append(record)
     others = list(_other_weights(program.graph, set(layers)))
     return Report(list(program.reports), program.plan, linears, caches, others, weight_bytes(program))
+
+
+def _quantized(read: Read) -> Quantized:
+    """Return how keys or values were quantised, also where the pass that notes it has not run."""
+    codes = codes_of_cache(read) if read.quantized is None else None
+    return read.quantized or (Quantized(codes.bits, "cache") if codes else Quantized(UNQUANTIZED_BITS, ""))
 
 
 def _layers(graph: fx.Graph) -> Iterator[tuple[fx.Node, Sequence[Layer]]]:

@@ -113,11 +113,53 @@ class UnboundParameterError(QuarotError):
 
 
 class OriginalsFreedError(QuarotError):
-    """A weight is needed again whose original was freed on request."""
+    """A weight is needed whose original was freed on request, or never loaded."""
 
     template = (
-        "parameter {parameter!r} was freed (free_originals=True) and is needed again: {reason}. "
-        "Compile with free_originals=False, or reload the model."
+        "parameter {parameter!r} {how} and is needed again: {reason}. "
+        "Compile the original model with free_originals=False, or reload it."
+    )
+
+
+# -- the KV cache ----------------------------------------------------------------------------------
+
+
+class CacheModelError(QuarotError, ValueError):
+    """A model, or its config, that this kind of cache does not serve."""
+
+    template = "no such cache for {what}: {reason}. {remedy}"
+
+
+class CacheFullError(QuarotError, ValueError):
+    """More tokens came than a cache has room for."""
+
+    template = (
+        "{where} holds {length} of at most {capacity} tokens, and {tokens} more came. Make the cache with "
+        "max_cache_len={needed} or more, or without max_cache_len, so that it grows."
+    )
+
+
+class CacheInputError(QuarotError, ValueError):
+    """Keys or values that differ in batch, heads, size or dtype from those that a cache was made for."""
+
+    template = (
+        "{where} are {given}, and the cache was made for {made}. Use a cache of its own for each model and batch size; "
+        "beams and returned sequences count as sequences of the batch."
+    )
+
+
+class CropError(QuarotError, ValueError):
+    """Tokens that cannot be taken back from a cache."""
+
+    template = "cannot take back {tokens} tokens from {where}: {reason}."
+
+
+class OffloadError(QuarotError):
+    """A cache whose tensors have fixed addresses was to move to the CPU."""
+
+    template = (
+        "{where} cannot be offloaded: compiled graphs hold the addresses of its tensors. Make the cache without "
+        "max_cache_len."
     )
 
 
@@ -161,6 +203,61 @@ class CalibrationStateError(QuarotError, ValueError):
     """A folder holds the state of another calibration than the one that is to be resumed."""
 
     template = "cannot resume the calibration in {folder!r}: {reason}. Give an empty folder, or the same arguments."
+
+
+# -- checkpoints -----------------------------------------------------------------------------------
+
+
+class SaveError(QuarotError, ValueError):
+    """A model that cannot be saved, or a folder that cannot be saved to."""
+
+    template = "cannot save to {folder!r}: {reason}. {remedy}"
+
+
+class CheckpointError(QuarotError):
+    """Base of what can be wrong with a checkpoint that is loaded."""
+
+    template = "cannot load the checkpoint in {folder!r}: {reason}. {remedy}"
+
+
+class CheckpointNotFoundError(CheckpointError, LookupError):
+    """A folder without a checkpoint of ours."""
+
+
+class CheckpointFormatError(CheckpointError, ValueError):
+    """An index that says something else than an index can say."""
+
+
+class CheckpointVersionError(CheckpointError, ValueError):
+    """A checkpoint in a format of another version."""
+
+
+class CorruptCheckpointError(CheckpointError, ValueError):
+    """A shard that is missing, cut short or not what was written."""
+
+
+class ArchitectureError(CheckpointError, ValueError):
+    """A checkpoint of another model than the one that it is to be loaded into."""
+
+
+class CheckpointOptionError(CheckpointError, ValueError):
+    """Options that contradict those that a checkpoint was made with."""
+
+
+class NotInCheckpointError(CheckpointError, LookupError):
+    """A graph needs a weight in a form that its checkpoint does not hold."""
+
+    template = (
+        "the checkpoint in {folder!r} does not hold {parameter!r} in the form that this graph needs: {wanted}. "
+        "It holds: {held}. Compile with the options that it was made with, {options}, or save it again from the "
+        "original model, with inputs of the kind that this graph gets among those it is saved with."
+    )
+
+
+class RotationNotAbsorbedError(QuarotError, ValueError):
+    """A model whose weights alone cannot absorb a rotation."""
+
+    template = "the weights of this model cannot absorb a rotation alone: {reason}. {remedy}"
 
 
 # -- the command line ------------------------------------------------------------------------------

@@ -6,17 +6,21 @@ from weights are evaluated the same way, and rounded once.
 
 from __future__ import annotations
 
-from collections.abc import Callable, MutableMapping
+from collections import Counter
+from collections.abc import Callable, MutableMapping, Sequence
 from typing import Any
 
 import torch
 from torch import fx
 from torch.fx.node import map_aggregate
+from torch.utils._pytree import tree_leaves, tree_map
 
 from quarot_fx.calibration.calibrated import calibrated_codes
-from quarot_fx.errors import NonFiniteWeightError
-from quarot_fx.graph import stored_tensor
+from quarot_fx.checkpoint.saved import missing_value, saved_value
+from quarot_fx.errors import NonFiniteWeightError, OriginalsFreedError
+from quarot_fx.graph import stored_tensor, with_sources
 from quarot_fx.ops.declaration import reference_of
+from quarot_fx.row_blocks import computed_by_rows, has_rows, rotates_rows, row_blocks, size_of
 from quarot_fx.store import check_not_freed, expression
 
 Known = MutableMapping[fx.Node, Any]
@@ -36,10 +40,10 @@ def widen(value: Any) -> Any:
 
 
 class Float64Interpreter(fx.Interpreter):
-    """Runs a graph module in float64, whatever its casts say."""
+    """Runs a graph module, or another graph of what it stores, in float64, whatever its casts say."""
 
-    def __init__(self, module: fx.GraphModule, known: Known | None = None) -> None:
-        super().__init__(module)
+    def __init__(self, module: fx.GraphModule, known: Known | None = None, graph: fx.Graph | None = None) -> None:
+        super().__init__(module, graph=graph)
         self._known = {} if known is None else known
 
     def call_function(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -58,7 +62,9 @@ class Float64Interpreter(fx.Interpreter):
 
     def get_attr(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Read a stored tensor in float64."""
-        return widen(super().get_attr(target, args, kwargs))
+        tensor = super().get_attr(target, args, kwargs)
+        check_not_freed(tensor, "the graph is run in float64")
+        return widen(tensor)
 
     def placeholder(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Read an input in float64, cloned so that the caller's tensors are never written to."""
@@ -80,36 +86,119 @@ def _once(node: fx.Node, known: Known, compute: Callable[[], Any]) -> Any:
         return compute()
     if node not in known:
         *_, rounding = node.args
-        known[node] = compute() if rounding == "nearest" else calibrated_codes(node)
+        saved = saved_value(node)
+        if saved is None:
+            saved = compute() if rounding == "nearest" else calibrated_codes(node)
+        known[node] = saved
     return known[node]
 
 
-def evaluate(node: fx.Node, known: Known | None = None) -> torch.Tensor:
-    """Return the value of a constant node in float64 (integers as they are).
+def evaluate(node: fx.Node, known: Known | None = None, dtype: torch.dtype | None = None) -> torch.Tensor:
+    """Return the value of a constant node, computed in float64 (integers as they are) and rounded to a dtype at the
+    end, if one is given.
 
     If a parameter that it depends on is on the meta device, so is the result, a contiguous tensor.
     """
     if any(leaf.is_meta for leaf in expression(node).leaves):
         val = node.meta["val"]
-        return torch.empty(val.shape, dtype=_WIDE.get(val.dtype, val.dtype), device="meta")
+        return torch.empty(val.shape, dtype=dtype or _WIDE.get(val.dtype, val.dtype), device="meta")
     with torch.no_grad():
-        return _value(node, {}, {} if known is None else known)
+        try:
+            value: torch.Tensor = _Evaluation(node, {} if known is None else known).result(dtype)
+            return value
+        except OriginalsFreedError as error:
+            raise missing_value(node) or error from None
 
 
-def _value(node: fx.Node, values: dict[fx.Node, Any], known: Known) -> Any:
-    """Return a node's value; a function of its own, since closures that call each other would keep every value alive
-    until the garbage collector came by.
-    """
-    if node not in values:
-        values[node] = _once(node, known, lambda: _computed(node, values, known))
-    return values[node]
+class _Evaluation:
+    """Computes a constant, and keeps the value of a step for as long as another needs it."""
+
+    def __init__(self, node: fx.Node, known: Known) -> None:
+        self._node, self._known = node, known
+        self._values: dict[fx.Node, Any] = {}
+        self._readers = Counter(source for one in with_sources(node) for source in one.all_input_nodes)
+
+    def result(self, dtype: torch.dtype | None) -> Any:
+        """Return the value, rounded."""
+        value = _once(self._node, self._known, lambda: self._computed(self._node, dtype))
+        return value if dtype is None else value.to(dtype)
+
+    def _value(self, node: fx.Node) -> Any:
+        if node not in self._values:
+            self._values[node] = _once(node, self._known, lambda: self._computed(node))
+        return self._values[node]
+
+    def _computed(self, node: fx.Node, dtype: torch.dtype | None = None) -> Any:
+        saved = saved_value(node)
+        if saved is not None:
+            return saved
+        if node.op == "get_attr":
+            return widen(_finite(node))
+        if steps := computed_by_rows(node):
+            return self._by_rows(steps, dtype)
+        value = self._by_columns(node) if rotates_rows(node) else _call(node, self._value)
+        self._let_go(node)
+        return value
+
+    def _let_go(self, node: fx.Node) -> None:
+        """Drop what only a node needed that is computed now."""
+        for source in node.all_input_nodes:
+            self._readers[source] -= 1
+            if not self._readers[source]:
+                self._values.pop(source, None)
+
+    def _whole(self, node: fx.Node) -> Any:
+        """Return a value of which parts are taken: a parameter as it is, without a copy in float64."""
+        return _finite(node) if node.op == "get_attr" and saved_value(node) is None else self._value(node)
+
+    def _by_columns(self, node: fx.Node) -> torch.Tensor:
+        """Rotate the rows of a matrix, a few columns at a time."""
+        x, *how = node.args
+        whole = self._whole(x)  # type: ignore[arg-type]
+        result = torch.empty_like(whole, dtype=torch.float64, memory_format=torch.contiguous_format)
+        for columns in row_blocks(whole.mT.shape):
+            result[:, columns] = node.target(widen(whole[:, columns]), *how)  # type: ignore[operator]
+        return result
+
+    def _by_rows(self, steps: Sequence[fx.Node], dtype: torch.dtype | None) -> Any:
+        """Compute the last of some steps a few rows at a time."""
+        size = size_of(steps[-1])
+        given = {node for step in steps for node in step.all_input_nodes if node not in steps}
+        given |= {step for step in steps if saved_value(step) is not None}
+        wholes = {node: self._whole(node) for node in given}
+        result = _Stacked(size[0])
+        for rows in row_blocks(size):
+            values = {node: widen(whole[rows] if has_rows(node, size) else whole) for node, whole in wholes.items()}
+            for step in steps:
+                if step not in values:
+                    values[step] = _call(step, values.__getitem__)
+            block = values[steps[-1]]
+            result.put(rows, tree_map(lambda part: part if dtype is None else part.to(dtype), block))
+        for step in steps:
+            self._let_go(step)
+        return result.value
 
 
-def _computed(node: fx.Node, values: dict[fx.Node, Any], known: Known) -> Any:
-    if node.op == "get_attr":
-        return widen(_finite(node))
-    args, kwargs = fx.map_arg((node.args, node.kwargs), lambda source: _value(source, values, known))
-    args, kwargs = map_aggregate((args, kwargs), widen)
+class _Stacked:
+    """A tensor, or a tuple of some, filled a few rows at a time."""
+
+    def __init__(self, rows: int) -> None:
+        self._rows = rows
+        self.value: Any = None
+
+    def put(self, rows: slice, block: Any) -> None:
+        """Fill in some rows; a result without rows, such as the zero points that there are not, is kept as it is."""
+        if self.value is None:
+            self.value = tree_map(
+                lambda part: part.new_empty(self._rows, *part.shape[1:]) if len(part) else part, block
+            )
+        for whole, part in zip(tree_leaves(self.value), tree_leaves(block), strict=True):
+            if len(part):
+                whole[rows] = part
+
+
+def _call(node: fx.Node, value: Callable[[fx.Node], Any]) -> Any:
+    args, kwargs = map_aggregate(fx.map_arg((node.args, node.kwargs), value), widen)
     return node.target(*args, **kwargs)  # type: ignore[operator]
 
 

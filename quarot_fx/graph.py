@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -177,22 +177,32 @@ def is_deterministic(node: fx.Node) -> bool:
     return not node.is_impure() and torch.Tag.nondeterministic_seeded not in getattr(node.target, "tags", ())
 
 
-def with_sources(*nodes: fx.Node) -> dict[fx.Node, None]:
-    """Return nodes and all that they are computed from, in order of appearance."""
+def with_sources(*nodes: fx.Node, without: Container[fx.Node] = ()) -> dict[fx.Node, None]:
+    """Return nodes and all that they are computed from, in order of appearance, except through some others."""
     found: dict[fx.Node, None] = {}
     pending = list(reversed(nodes))
     while pending:
         node = pending.pop()
         if node not in found:
             found[node] = None
-            pending.extend(reversed(node.all_input_nodes))
+            pending.extend(source for source in reversed(node.all_input_nodes) if source not in without)
     return found
+
+
+def leaves_of(node: fx.Node) -> Iterator[fx.Node]:
+    """Yield the stored tensors that a node depends on, in order of appearance."""
+    return (source for source in with_sources(node) if source.op == "get_attr")
 
 
 def parameters_of(node: fx.Node) -> list[str]:
     """Return the names of the parameters that a constant node depends on, in order of appearance."""
-    leaves = (source for source in with_sources(node) if source.op == "get_attr")
-    return list(dict.fromkeys(leaf.meta.get(PARAMETER, str(leaf.target)) for leaf in leaves))
+    return list(dict.fromkeys(leaf.meta.get(PARAMETER, str(leaf.target)) for leaf in leaves_of(node)))
+
+
+def main_parameter_of(node: fx.Node) -> str:
+    """Return the name of the largest parameter that a constant node depends on: a weight, not a gain folded into it."""
+    largest = max(leaves_of(node), key=lambda leaf: leaf.meta["val"].numel(), default=node)
+    return str(largest.meta.get(PARAMETER, largest.target))
 
 
 def stored_tensor(node: fx.Node) -> torch.Tensor:

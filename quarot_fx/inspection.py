@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -66,6 +67,21 @@ def explain(model: Model, inputs: Inputs = (), **options: Any) -> Report:
 
 def _rewritten(model: Model, inputs: Inputs, config: QuarotConfig) -> Program:
     passes = build_pipeline(config)
+    program, arguments = bound_program(model, inputs, needs_data=config.check)
+    return run_pipeline(program, passes, arguments if config.check else None)
+
+
+def bound_program(model: Model, inputs: Inputs, *, needs_data: bool) -> tuple[Program, list[Any]]:
+    """Return a model as a program that no pass has run on, and the arguments of its placeholders.
+
+    Args:
+        model: as :func:`rewrite` takes it.
+        inputs: likewise.
+        needs_data: refuse parameters that have only shapes.
+
+    Raises:
+        NotOneGraphError, GraphInputError, UnboundParameterError: as :func:`rewrite`.
+    """
     if isinstance(model, fx.GraphModule | torch.export.ExportedProgram):
         captured, arguments = import_graph(model, *_as_given(inputs))
         if not captured.parameters:
@@ -73,11 +89,11 @@ def _rewritten(model: Model, inputs: Inputs, config: QuarotConfig) -> Program:
             raise GraphInputError(reason="it stores no weights", remedy=remedy)
     else:
         captured, arguments = capture_one_graph(model, inputs)
-    if config.check:
+    if needs_data:
         captured.check_has_data(arguments)
     program = captured.bind(arguments, SHARED)
     places = [node.meta[INPUT] for node in program.graph.find_nodes(op="placeholder")]
-    return run_pipeline(program, passes, [arguments[place] for place in places] if config.check else None)
+    return program, [arguments[place] for place in places]
 
 
 class _Collected(BaseException):
@@ -123,7 +139,7 @@ def capture_graphs(model: Callable[..., Any], inputs: Inputs) -> list[tuple[Capt
 
     args, kwargs = _arguments(model, inputs)
     without_limits = torch._dynamo.config.patch(recompile_limit=2**16, accumulated_recompile_limit=2**16)
-    with torch.no_grad(), without_limits:
+    with torch.no_grad(), without_limits, _uncompiled(model):
         try:
             stand_ins.call(torch.compile(model, backend=collect_all, dynamic=False, fullgraph=True), args, kwargs)
         except _Collected:
@@ -135,6 +151,20 @@ def capture_graphs(model: Callable[..., Any], inputs: Inputs) -> list[tuple[Capt
     if errors:
         raise errors[0]
     return found
+
+
+@contextmanager
+def _uncompiled(model: Callable[..., Any]) -> Iterator[None]:
+    """Let modules that ``module.compile()`` was called on run as they are: they would call what was compiled."""
+    modules = list(model.modules()) if isinstance(model, torch.nn.Module) else []
+    compiled = {module: module._compiled_call_impl for module in modules if module._compiled_call_impl is not None}
+    try:
+        for module in compiled:
+            module._compiled_call_impl = None
+        yield
+    finally:
+        for module, call in compiled.items():
+            module._compiled_call_impl = call
 
 
 def _arguments(model: Callable[..., Any], inputs: Inputs) -> tuple[tuple[Any, ...], dict[str, Any]]:

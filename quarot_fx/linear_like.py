@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import fx
 
-from quarot_fx.graph import Constants, argument_nodes, is_float, is_tensor
+from quarot_fx.graph import Constants, argument_nodes, is_float, is_tensor, leaves_of, main_parameter_of
 
 aten = torch.ops.aten
 
@@ -99,9 +99,7 @@ class LinearLike:
     @property
     def parameter(self) -> str:
         """Name of the weight in the user's model: the largest parameter that the constant depends on."""
-        leaves = list(_leaves(self.weight))
-        largest = max(leaves, key=lambda leaf: leaf.meta["val"].numel(), default=self.weight)
-        return largest.meta.get("parameter", str(largest.target))
+        return main_parameter_of(self.weight)
 
 
 def linear_likes(graph: fx.Graph) -> Iterator[LinearLike]:
@@ -114,16 +112,5 @@ def linear_likes(graph: fx.Graph) -> Iterator[LinearLike]:
         operands = argument_nodes(node)
         weight, x = operands[spelling.weight], operands[spelling.x]
         is_matrix = weight in constants and is_tensor(weight) and weight.meta["val"].ndim >= 2
-        if is_matrix and x not in constants and any(map(is_float, _leaves(weight))):
+        if is_matrix and x not in constants and any(map(is_float, leaves_of(weight))):
             yield LinearLike(node, spelling)
-
-
-def _leaves(node: fx.Node) -> Iterator[fx.Node]:
-    pending, seen = [node], set()
-    while pending:
-        current = pending.pop()
-        if current not in seen:
-            seen.add(current)
-            if current.op == "get_attr":
-                yield current
-            pending.extend(current.all_input_nodes)

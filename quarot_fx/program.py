@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -34,6 +34,7 @@ class Program:
         consumed: ``id`` of every parameter whose value went into a constant.
         original_bytes: of the parameters that the graph read when it was captured.
         known: results of nodes that are computed once, until ``fold-constants`` stores what is made of them.
+        release: is told of parameters that nothing needs any more but constants that are made.
     """
 
     graph_module: fx.GraphModule
@@ -43,6 +44,7 @@ class Program:
     consumed: set[int] = field(default_factory=set)
     original_bytes: int = 0
     known: Known = field(default_factory=dict)
+    release: Callable[[Iterable[torch.Tensor]], None] = lambda _: None
 
     def __post_init__(self) -> None:
         if not self.original_bytes:
@@ -74,6 +76,7 @@ class Program:
                 list(state.reports),
                 set(state.consumed),
                 state.original_bytes,
+                release=state.release,
             )
         from quarot_fx.import_graph import import_graph  # which makes programs
 

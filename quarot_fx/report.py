@@ -86,13 +86,22 @@ class LinearRecord:
 
 @dataclass(frozen=True)
 class CacheRecord:
-    """What became of the keys or values of one attention."""
+    """What became of the keys or values of one attention.
+
+    Attributes:
+        where: the attention, in the user's model.
+        kind: ``"key"`` or ``"value"``.
+        bits: of a code; 16 if left alone.
+        rotated, reason: as of a linear layer.
+        by: ``"simulation"``, at every read; ``"cache"``, one of the caller's that holds codes; or nothing.
+    """
 
     where: str
     kind: str
     bits: int
     rotated: str
     reason: str = ""
+    by: str = ""
 
 
 @dataclass(frozen=True)
@@ -238,7 +247,7 @@ def _passes_table(reports: list[PassReport]) -> Any:
 
 def _declines(reports: list[PassReport]) -> list[str]:
     """Say what was left alone and why, a line for each reason of each pass."""
-    reasons = Counter((r.name, _without_index(d.reason)) for r in reports for d in r.declined)
+    reasons = Counter((r.name, without_index(d.reason)) for r in reports for d in r.declined)
     return [f"{name} declined {count} x: {reason}" for (name, reason), count in reasons.items()]
 
 
@@ -249,14 +258,19 @@ def _coverage_table(linears: list[LinearRecord], caches: list[CacheRecord]) -> A
     for column in ("what", "bits", "rotated", "count", "because"):
         table.add_column(column, justify="right" if column == "count" else "left", overflow="fold")
     rows = Counter(
-        [(_without_index(r.parameter), r.bits, r.rotated, _without_index(r.reason)) for r in linears]
-        + [(f"{r.kind}s", f"KV{r.bits}", r.rotated, _without_index(r.reason)) for r in caches]
+        [(without_index(r.parameter), r.bits, r.rotated, without_index(r.reason)) for r in linears]
+        + [(_cache(r), f"KV{r.bits}", r.rotated, without_index(r.reason)) for r in caches]
     )
     for (what, bits, rotated, reason), count in rows.items():
         table.add_row(what, bits, rotated, str(count), reason)
     return table
 
 
-def _without_index(text: str) -> str:
+def _cache(record: CacheRecord) -> str:
+    by = {"simulation": ", quantised when read", "cache": ", quantised by the cache", "": ""}
+    return f"{record.kind}s{by[record.by]}"
+
+
+def without_index(text: str) -> str:
     """Name what is the same in every layer: ``layers.3.up.weight`` -> ``layers.*.up.weight``, ``mul_17`` -> ``mul``."""
     return re.sub(r"(?<=\w)_\d+\b", "", re.sub(r"(?<=\.)\d+\b", "*", text))

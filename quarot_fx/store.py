@@ -7,8 +7,9 @@ long as some graph holds it, and never outlives its parameters' identity.
 from __future__ import annotations
 
 import hashlib
+import re
 import weakref
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,17 +26,29 @@ class Expression:
     """How a constant is made.
 
     Attributes:
-        structure: operators and arguments, parameters by number.
+        structure: one call of an operator a line; arguments are ``$n``, the n-th parameter, ``%n``, the result of a
+            line before, or literals.
         leaves: the parameters.
     """
 
-    structure: Hashable
+    structure: tuple[str, ...]
     leaves: tuple[torch.Tensor, ...]
 
     @property
     def key(self) -> Hashable:
         """What identifies the value: the structure, and each parameter's identity and version."""
         return self.structure, tuple((WeakIdRef(leaf), version(leaf)) for leaf in self.leaves)
+
+    def text(self, names: Sequence[str]) -> tuple[str, ...]:
+        """Return the structure with names for the parameters, on whatever device they are: what is equal for two models
+        whose parameters have equal names.
+        """
+        lines = (_LEAF.sub(lambda match: names[int(match[1])], line) for line in self.structure)
+        return tuple(_DEVICE.sub("device", line) for line in lines)
+
+
+_LEAF = re.compile(r"\$(\d+)")
+_DEVICE = re.compile(r"device\(type='\w+'(, index=\d+)?\)")
 
 
 def version(tensor: torch.Tensor) -> tuple[int, int]:
@@ -58,6 +71,7 @@ def stamp(tensor: torch.Tensor) -> tuple[int, int]:
 @dataclass(frozen=True)
 class _Freed:
     name: str
+    how: str
     version: tuple[int, int]  # of the content that was freed
     stamp: tuple[int, int]  # of the poison in its place
 
@@ -72,13 +86,29 @@ def free(tensor: torch.Tensor, name: str) -> None:
 
     Dynamo's guards still pass on such a tensor, and nothing can crash on it, which is not so of an emptied storage.
     """
-    if tensor in _FREED or tensor in _LIVE:
+    if tensor in _FREED or tensor in _LIVE or not tensor.is_floating_point():
         return
-    key, before = (tensor.device, tensor.dtype), stamp(tensor)
-    if key not in _POISON or _POISON[key].numel() < tensor.numel():
-        _POISON[key] = torch.full((tensor.numel(),), torch.nan, dtype=tensor.dtype, device=tensor.device)
-    tensor.data = _POISON[key][: tensor.numel()].view(tensor.shape)
-    _FREED[tensor] = _Freed(name, before, stamp(tensor))
+    before = stamp(tensor)
+    tensor.data = _poison(tensor.shape, tensor.stride(), tensor.dtype, tensor.device)
+    _FREED[tensor] = _Freed(name, "was freed (free_originals=True)", before, stamp(tensor))
+
+
+def without_content(like: torch.Tensor, device: torch.device, name: str) -> torch.Tensor:
+    """Return a tensor, a parameter if ``like`` is one, that looks as if it was freed, on a device; it never held
+    anything.
+    """
+    data = _poison(like.shape, like.stride(), like.dtype, device)
+    tensor = torch.nn.Parameter(data, like.requires_grad) if isinstance(like, torch.nn.Parameter) else data
+    _FREED[tensor] = _Freed(name, "was loaded without its content, from a checkpoint", stamp(tensor), stamp(tensor))
+    return tensor
+
+
+def _poison(shape: torch.Size, stride: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    size = 1 + sum((length - 1) * step for length, step in zip(shape, stride, strict=True)) if shape.numel() else 0
+    key = device, dtype
+    if key not in _POISON or _POISON[key].numel() < size:
+        _POISON[key] = torch.full((size,), torch.nan, dtype=dtype, device=device)
+    return _POISON[key].as_strided(shape, stride)
 
 
 def keep_live(tensor: torch.Tensor) -> None:
@@ -95,14 +125,14 @@ def check_not_freed(tensor: torch.Tensor, reason: str) -> None:
     """Raise :class:`OriginalsFreedError` if a weight's content was released."""
     freed = _FREED.get(tensor)
     if freed is not None:
-        raise OriginalsFreedError(parameter=freed.name, reason=reason)
+        raise OriginalsFreedError(parameter=freed.name, how=freed.how, reason=reason)
 
 
 def check_not_updated_after_freeing(tensor: torch.Tensor) -> None:
     """Raise :class:`OriginalsFreedError` if somebody wrote to a weight whose content was released."""
     freed = _FREED.get(tensor)
     if freed is not None and freed.stamp != stamp(tensor):
-        raise OriginalsFreedError(parameter=freed.name, reason="it was updated in place")
+        raise OriginalsFreedError(parameter=freed.name, how=freed.how, reason="it was updated in place")
 
 
 def expression(node: fx.Node) -> Expression:
@@ -110,23 +140,42 @@ def expression(node: fx.Node) -> Expression:
     besides parameters, such as rows to select, is known by its content: every graph has its own.
     """
     leaves: dict[int, torch.Tensor] = {}
-    made: dict[fx.Node, Hashable] = {}
+    lines: list[str] = []
+    made: dict[fx.Node, str] = {}
 
-    def visit(current: fx.Node) -> Any:
+    def visit(current: fx.Node) -> str:
         if current not in made:
             if current.op == "get_attr":
-                leaf = stored_tensor(current)
-                if AUTHOR in current.meta and PARAMETER not in current.meta and not leaf.is_meta:
-                    made[current] = ("constant", leaf.dtype, leaf.shape, content(leaf))
-                    return made[current]
-                leaves[id(leaf)] = leaf
-                made[current] = ("parameter", list(leaves).index(id(leaf)))
+                made[current] = read(current)
             else:
-                arguments = fx.map_arg((current.args, current.kwargs), visit)
-                made[current] = (str(current.target), str(arguments))
+                args = [_literal(argument, visit) for argument in current.args]
+                args += [f"{name}={_literal(argument, visit)}" for name, argument in current.kwargs.items()]
+                made[current] = f"%{len(lines)}"
+                name = current.target if isinstance(current.target, torch._ops.OpOverload) else _python_name(current)
+                lines.append(f"{name}({', '.join(args)})")
         return made[current]
 
-    return Expression(visit(node), tuple(leaves.values()))
+    def read(current: fx.Node) -> str:
+        leaf = stored_tensor(current)
+        if AUTHOR in current.meta and PARAMETER not in current.meta and not leaf.is_meta:
+            return f"constant({leaf.dtype}, {list(leaf.shape)}, {content(leaf)[:16].hex()})"
+        leaves[id(leaf)] = leaf
+        return f"${list(leaves).index(id(leaf))}"
+
+    result = visit(node)
+    return Expression(tuple(lines) if lines else (result,), tuple(leaves.values()))
+
+
+def _python_name(call: fx.Node) -> str:
+    return getattr(call.target, "__name__", str(call.target))
+
+
+def _literal(argument: Any, visit: Callable[[fx.Node], str]) -> str:
+    if isinstance(argument, fx.Node):
+        return visit(argument)
+    if isinstance(argument, list | tuple):
+        return f"[{', '.join(_literal(one, visit) for one in argument)}]"
+    return repr(argument)
 
 
 _CONTENTS: WeakTensorKeyDictionary = WeakTensorKeyDictionary()  # digests

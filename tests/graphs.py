@@ -1,14 +1,18 @@
 """Small modules and graphs that the tests of passes share, and what they ask of a pass."""
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, fx, nn
+from torch.nn.functional import relu
 from torch.testing import FileCheck
 
 from quarot_fx.float64 import relative_difference, run_in_float64
 from quarot_fx.inspection import capture_one_graph
+from quarot_fx.ops import OpDeclaration
 from quarot_fx.passes.base import Pass
 from quarot_fx.program import Program
 from quarot_fx.report import PassReport
@@ -107,6 +111,14 @@ def node_named(program: Program, operator: str, index: int = 0) -> fx.Node:
     return [node for node in program.graph.nodes if str(node.target) == operator][index]
 
 
+def outcome(declaration: OpDeclaration, function: Any, args: Sequence[Any]) -> tuple[Tensor, ...]:
+    """Return what an op, or a function in its place, returns and what it writes; the arguments stay as they are."""
+    args = [arg.clone() if place in declaration.written else arg for place, arg in enumerate(args)]
+    returned = function(*args)
+    returned = () if returned is None else (returned,) if isinstance(returned, Tensor) else tuple(returned)
+    return *returned, *(args[place] for place in declaration.written)
+
+
 # -- modules ---------------------------------------------------------------------------------------
 
 
@@ -181,6 +193,26 @@ class Decoder(nn.Module):
 def ids(length: int = 5) -> Tensor:
     """Token ids [1, length] for :class:`Decoder`."""
     return torch.arange(length)[None]
+
+
+# -- activations -----------------------------------------------------------------------------------
+
+WRITTEN_OUT = {
+    "silu": [lambda x: x * torch.sigmoid(x), lambda x: x / (1 + torch.exp(-x))],
+    "sigmoid": [lambda x: 1 / (1 + (-x).exp())],
+    "relu": [lambda x: x.clamp(min=0), lambda x: (x + x.abs()) / 2],
+    "relu_squared": [lambda x: relu(x) * relu(x), lambda x: relu(x).pow(2), lambda x: relu(x) * x],
+    "gelu": [lambda x: x * 0.5 * (1.0 + torch.erf(x / math.sqrt(2)))],
+    "gelu_tanh": [
+        lambda x: 0.5 * x * (1 + torch.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * torch.pow(x, 3.0)))),
+        lambda x: x * 0.5 * (1.0 + torch.tanh(0.79788456 * x * (1 + 0.044715 * x * x))),
+    ],
+}
+SPELLINGS = [
+    pytest.param(name, function, id=f"{name}-{place}")
+    for name, functions in WRITTEN_OUT.items()
+    for place, function in enumerate(functions)
+]
 
 
 # -- integer codes ---------------------------------------------------------------------------------

@@ -463,6 +463,14 @@ ONE_CALL: dict[Any, Callable[..., Any]] = {
     aten.embedding.default: lambda new, a, b, c, d: (new(a, b), torch.arange(c * d).reshape(c, d) % a),
     aten.index_copy.default: lambda new, a, b, c, d: (new(a, b + d, c), 1, torch.arange(d), new(a, d, c)),
     aten.index_add.default: lambda new, a, b, c, d: (new(a, b + d, c), 1, torch.arange(d), new(a, d, c)),
+    quarot.quantize_asymmetric.default: lambda new, a, b, c, d: (new(a, b, c), 4),
+    quarot.quantize_symmetric.default: lambda new, a, b, c, d: (new(a, b, c), 4),
+    quarot.dequantize.default: lambda new, a, b, c, d: (
+        torch.arange(a * b * c).reshape(a, b, c).char(),
+        new(a, b, 1),
+        None,
+        torch.float64,
+    ),
     quarot.mean_square.default: lambda new, a, b, c, d: (new(a, b, c),),
     quarot.expert_linear.default: lambda new, a, b, c, d: (new(a, c), new(b, d, c), torch.arange(a) % b),
     quarot.project_out.default: lambda new, a, b, c, d: (

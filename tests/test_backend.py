@@ -13,6 +13,7 @@ from torch.testing import FileCheck
 import quarot_fx
 from quarot_fx.errors import NestedBackendError
 from quarot_fx.float64 import relative_difference
+from quarot_fx.lowering.nested import known_to_inductor
 
 
 class Model(nn.Module):
@@ -77,6 +78,10 @@ def test_nested_backends_agree(model, nested):
 def test_modes_reach_inductor(model, mode):
     out = torch.compile(model, backend="quarot", mode=mode)(IDS)
     torch.testing.assert_close(out, quarot_fx.rewrite(model, IDS)(IDS)[0], rtol=1e-4, atol=1e-4)
+
+
+def test_options_that_a_version_of_inductor_lacks_are_left_out():
+    assert known_to_inductor({"combo_kernels": True, "no_such_option": 1}) == {"combo_kernels": True}
 
 
 @pytest.mark.parametrize("rotation", ["hadamard", "random"])

@@ -18,12 +18,14 @@ from torch.fx.node import map_aggregate
 
 from quarot_fx.basis.analysis import Analysis, Position
 from quarot_fx.basis.rules import rules
+from quarot_fx.rotation import Rotation
 
 # What is a barrier whatever its arguments are.
 BARRIERS = {
     *(name for name, rule in rules().items() if rule.__name__ in ("non_linear", "choice")),
     *("aten.add.Scalar", "aten.sub.Scalar", "aten.rsub.Scalar", "aten.flip.default", "aten.roll.default"),
     *("aten.ones.default", "aten.full.default", "aten.copy_.default"),
+    *("quarot.quantize_asymmetric.default", "quarot.quantize_symmetric.default", "quarot.dequantize.default"),
     *("aten.where.Scalar", "aten.masked_fill.Tensor"),
 }
 
@@ -78,7 +80,8 @@ def free_groups(analysis: Analysis, node: fx.Node) -> list[list[Position]]:
     network.add_nodes_from(position for _, position in found)
     network.add_edges_from(pair for pairs in analysis.ties_by_factor(factors).values() for pair in pairs)
     pinned = {position for pins in analysis.pins_by_factor(factors).values() for position, _ in pins}
-    return [list(group) for group in nx.connected_components(network) if not group & pinned]
+    turned = {position for turn in analysis.turns for _, position in analysis.positions(turn.axis)}
+    return [list(group) for group in nx.connected_components(network) if not group & (pinned | turned)]
 
 
 def rotated(value: Tensor, position: Position, matrix: Tensor, analysis: Analysis) -> Tensor:
@@ -129,6 +132,22 @@ def test_a_rule_leaves_some_basis_free_or_is_a_barrier(name: str) -> None:
     free = [check(operator(name), *call, generator) for call in calls(name, (4, 6, 2, 3), generator)]
     assert free, "no inputs are generated"
     assert any(free) != (name in BARRIERS)
+
+
+@pytest.mark.parametrize("inverse", [False, True])
+@pytest.mark.parametrize("dim", [1, -1])
+def test_a_transform_returns_what_it_reads_in_the_basis_that_its_rule_turns_to(dim: int, inverse: bool) -> None:
+    x = torch.randn(2, 12, 12, generator=torch.Generator().manual_seed(0)).double()
+    node, operands = call_node(operator("quarot.rotate.default"), (x, "random-12-seed3", dim, 1, inverse), {})
+    analysis = Analysis(node.graph)
+    (turn,) = analysis.turns
+    ((_, position),) = analysis.positions(turn.axis)
+    matrix = Rotation.parse(turn.rotation).matrix()
+    if inverse:
+        torch.testing.assert_close(rotated(node.meta["val"], position, matrix, analysis), operands[0])
+    else:
+        torch.testing.assert_close(rotated(operands[0], position, matrix, analysis), node.meta["val"])
+    assert (position.tensor.user is None) == inverse
 
 
 def test_every_rule_has_inputs_and_every_input_a_rule() -> None:

@@ -17,7 +17,16 @@ from typer.testing import CliRunner
 
 from quarot_fx.bench import peers
 from quarot_fx.bench.models import OPTIONS, Workload, compilers, measure_layers, measure_model, one_layer, random_cache
-from quarot_fx.bench.record import AttentionTime, FusedTime, HadamardTime, MatmulTime, ModelTime, PeerTime, Record
+from quarot_fx.bench.record import (
+    AttentionTime,
+    FusedTime,
+    GatedTime,
+    HadamardTime,
+    MatmulTime,
+    ModelTime,
+    PeerTime,
+    Record,
+)
 from quarot_fx.bench.shapes import MODELS, DecoderShape, distinct_shapes
 from quarot_fx.bench.tables import speedups
 from quarot_fx.cli import app
@@ -38,6 +47,7 @@ EXAMPLE = Record(
     fused=[FusedTime("quantise", 16, 64, 1.0, 2.0, 0.5)],
     attention=[AttentionTime(2, 64, 32, 2.0, 1.0, 7.0, "a kernel"), AttentionTime(2, 64, None, 2.0, 1.0)],
     hadamard=[HadamardTime(32, 64, 16, 8.0, 1.0, 1.5, 2.0, 2.5)],
+    gated=[GatedTime(64, 32, 16, 4.0, 2.0, 6.5, 3.5, 1.5, 5.2)],
     layers=[],
     models=DECODERS,
 )
@@ -97,7 +107,8 @@ def test_other_files_are_refused(tmp_path):
 
 
 def test_a_speedup_is_over_the_baseline_of_the_same_phase():
-    assert speedups(DECODERS) == {("A", "prefill", 16, "bfloat16"): 1, ("A", "prefill", 16, "quarot"): 1.5}
+    work = ("A", "prefill", 1, 16)
+    assert speedups(DECODERS) == {(*work, "bfloat16"): 1, (*work, "quarot"): 1.5}
 
 
 # -- the command -------------------------------------------------------------------------------------
@@ -117,7 +128,7 @@ def test_measuring_without_a_gpu_is_one_line(parts):
         (("models", "--models", "Llama-3-8"), "unknown model 'Llama-3-8'. Did you mean 'Llama-3-8B'?"),
         (("layers", "--phases", "decoding"), "unknown phase 'decoding'. Did you mean 'decode'?"),
         (("models", "--option", "kv_bit=4"), "unknown option 'kv_bit'. Did you mean 'kv_bits'?"),
-        (("matmul", "--tokens", "16,many"), "option tokens='many': is not a number of tokens"),
+        (("matmul", "--tokens", "16,many"), "option tokens='many': is not a number"),
         (("matmul", "--shapes", "4096"), "'4096': is not ROWSxCOLUMNS"),
         (("--from", "absent.json"), "found no file 'absent.json'"),
         (("models", "--from", MEASURED), "measures nothing: name no parts"),
@@ -135,7 +146,7 @@ def test_a_record_is_shown_without_a_gpu(tmp_path):
     output = run("--from", tmp_path / "record.json")
     assert "absent: not installed" in output
     assert "A decode, quarot: OutOfMemoryError: too large [/for] this" in output
-    for cell in ("4.00x", "3.50x", "none takes this", "+25.0%", "1.50x", "1.00 GiB"):
+    for cell in ("4.00x", "3.50x", "none takes this", "+25.0%", "1.25x", "1.50x", "1.00 GiB"):
         assert cell in output
 
 
@@ -280,10 +291,27 @@ def test_a_model_is_one_graph_in_each_phase(compile_by, backend):
 def test_the_cache_is_filled_and_has_room_for_every_step():
     config = TINY.config(2, positions=256)
     steps = workload(tokens=100)
-    cache = random_cache(config, steps)
+    cache, nbytes = random_cache(config, steps)
+    assert nbytes == 2 * sum(layer.keys.nbytes for layer in cache.layers)
     assert {layer.keys.shape for layer in cache.layers} == {(1, 2, 256, 16)}
     assert {int(layer.cumulative_length) for layer in cache.layers} == {100}
     assert all(layer.values.std() > 0.5 for layer in cache.layers)
+
+
+def test_a_packed_cache_is_filled_likewise():
+    cache, nbytes = random_cache(TINY.config(2, positions=256), workload(tokens=100, sequences=3, cache_bits=4))
+    # Codes of 16 elements in 8 bytes, with a scale and a zero point: 13 of 32 bytes.
+    assert nbytes == 2 * 2 * 3 * 2 * 256 * 13
+    assert {layer.get_seq_length().item() for layer in cache.layers} == {100}
+    (codes, scale, zero) = cache.layers[0].packed_keys.parts
+    assert (codes.shape, len(codes.unique()), len(zero.unique())) == ((3, 2, 256, 8), 256, 4)
+    assert scale.min() > 0.2
+
+
+def test_decode_reads_a_packed_cache_in_one_graph(compile_by):
+    steps = workload(phases=("decode",), sequences=2, cache_bits=4)
+    (time,) = measure_model("tiny", TINY, 1, "quarot", compile_by["quarot"], steps)
+    assert (time.reason, time.graphs, time.way) == (None, 1, "quarot, 4-bit cache")
 
 
 def test_what_fails_is_a_row_with_the_reason():

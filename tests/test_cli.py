@@ -13,8 +13,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from models import byte_tokenizer, save_tiny_model, tiny_model
+from transformers import AutoTokenizer
 from typer.testing import CliRunner
 
+import quarot_fx
 from quarot_fx.cli import app
 from quarot_fx.cli.perplexity import measure
 from quarot_fx.cli.settings import DEFAULT_SETTINGS, parse_gptq_options, parse_options, parse_setting
@@ -145,7 +147,7 @@ def test_texts_by_name_and_by_path(tmp_path):
     assert len(read_text("pydoc")) > 100_000
     (tmp_path / "text.txt").write_text("hé", encoding="utf-8")
     assert read_text(str(tmp_path / "text.txt")) == "hé"
-    with pytest.raises(NotFoundError, match="'wikitext2', 'c4', a dataset on the Hugging Face hub or 'pydoc'"):
+    with pytest.raises(NotFoundError, match="'wikitext2', 'c4', 'ptb', a dataset on the Hugging Face hub or 'pydoc'"):
         read_text(str(tmp_path / "none.txt"))
 
 
@@ -154,7 +156,7 @@ def test_texts_by_name_and_by_path(tmp_path):
 
 def test_help_lists_the_commands():
     output = run("--help")
-    assert all(command in output for command in ("bench", "demo", "eval", "explain"))
+    assert all(command in output for command in ("bench", "demo", "eval", "explain", "plot"))
 
 
 def test_help_is_fast_because_it_loads_neither_torch_nor_transformers():
@@ -312,3 +314,21 @@ def test_explain_of_float_is_refused(tiny_folder):
 def test_default_settings_are_settings():
     for one, other in itertools.pairwise(map(parse_setting, DEFAULT_SETTINGS)):
         assert one.options != other.options
+
+
+# -- quantize ----------------------------------------------------------------------------------------
+
+
+def test_quantize_writes_a_checkpoint_with_its_tokenizer(tiny_folder, tmp_path):
+    output = run("quantize", tiny_folder, tmp_path / "quantized", "--setting", "W8A8KV8", "-o", "w_clip=1.0")
+    assert "MiB" in output
+    loaded = quarot_fx.load(tmp_path / "quantized", nested_backend="eager")
+    assert loaded.dtype == torch.bfloat16
+    assert loaded.config.quantization_config.quarot.w_bits == 8
+    assert AutoTokenizer.from_pretrained(tmp_path / "quantized")("a").input_ids
+
+
+@pytest.mark.parametrize("arguments", [("--setting", "float"), ("--dtype", "int8")])
+def test_quantize_refuses_what_it_cannot_do(tmp_path, arguments):
+    output = run("quantize", "model", tmp_path / "quantized", *arguments, exit_code=1)
+    assert arguments[0].removeprefix("--") in output

@@ -17,17 +17,15 @@ OPTIONS = {"w_bits": 8, "a_bits": 8, "kv_bits": 8}  # so that one code that flip
 FLIPS = 1e-2
 BY_NAME = {row.model_type: row for row in ARCHITECTURES}
 # Of each layer. Norms: before attention and the MLP. Rotations: after attention and within the MLP.
+GATED = {"norm_quantize": 2, "rotate_quantize": 2, "rope_rotate": 2, "int_linear": 3, "gated_int_linear": 1}
 EACH = {
-    "llama": {"norm_quantize": 2, "rotate_quantize": 2, "rope_rotate": 2, "int_linear": 4},
-    "qwen3": {"norm_quantize": 2, "rotate_quantize": 2, "rope_rotate": 2, "int_linear": 4},
-    "gemma": {"norm_quantize": 2, "rotate_quantize": 2, "rope_rotate": 2, "int_linear": 4},
-    "gemma2": {"rotate_quantize": 4, "rope_rotate": 2, "int_linear": 4},  # norms are rotated before they are quantised
-    "phi3": {"norm_quantize": 2, "rotate_quantize": 2, "rope_rotate": 2, "int_linear": 4},
+    **dict.fromkeys(("llama", "qwen3", "gemma", "phi3"), GATED),
+    "gemma2": GATED | {"norm_quantize": 0, "rotate_quantize": 4},  # norms are rotated before they are quantised
     "phi": {"norm_quantize": 1, "rotate_quantize": 2, "int_linear": 3},  # embeds a part of each head
     "opt": {"norm_quantize": 2, "rotate_quantize": 2, "int_linear": 4},
     "gpt2": {"norm_quantize": 2, "rotate_quantize": 2, "int_linear": 4},
 }
-OPS = {"norm_quantize", "rotate_quantize", "rope_rotate", "int_linear", "quantize_activation"}
+OPS = {*GATED, "quantize_activation"}
 
 
 def operators(graph_module):
@@ -41,7 +39,7 @@ def test_ops_of_a_model(name):
     model, ids = BY_NAME[name].build(), random_token_ids(2, 7)
     fused = quarot_fx.rewrite(model, ids, kernels="reference", **OPTIONS)
     called = operators(fused)
-    assert {op: called[op] for op in OPS if called[op]} == {op: LAYERS * count for op, count in EACH[name].items()}
+    assert {op: called[op] for op in OPS} == {op: LAYERS * EACH[name].get(op, 0) for op in OPS}
     with torch.no_grad():
         expected = quarot_fx.rewrite(model, ids, kernels="none", **OPTIONS)(ids)
         assert relative_difference([fused(ids)[-1]], [expected[-1]]) < FLIPS

@@ -1,5 +1,6 @@
 import pytest
 import torch
+from graphs import outcome
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.fx.experimental.proxy_tensor import make_fx
@@ -7,6 +8,8 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from quarot_fx import ops
 from quarot_fx.errors import GroupSizeError, OptionError, RotationSizeError, UnknownOptionError
 from quarot_fx.ops import DECLARATIONS, OpDeclaration
+from quarot_fx.ops.activations import ACTIVATIONS
+from quarot_fx.ops.int_linear import random_arguments
 
 CASES = [
     pytest.param(declaration, index, id=f"{name}-{index}")
@@ -48,8 +51,8 @@ def test_compiled_op_equals_the_reference(declaration: OpDeclaration) -> None:
     for args in declaration.inputs(torch.Generator().manual_seed(0)):
         torch.compiler.reset()
         compiled = torch.compile(lambda *args: declaration.overload(*args), backend="aot_eager", fullgraph=True)
-        expected = declaration.reference(*args)
-        torch.testing.assert_close(compiled(*args), expected, rtol=0, atol=0, equal_nan=True)
+        actual, expected = (outcome(declaration, function, args) for function in (compiled, declaration.reference))
+        torch.testing.assert_close(actual, expected, rtol=0, atol=0, equal_nan=True)
 
 
 @pytest.mark.parametrize("declaration", [d for d in DECLARATIONS.values() if d.is_traceable], ids=lambda d: d.name)
@@ -179,6 +182,20 @@ def test_signed_codes_are_packed_in_twos_complement() -> None:
     assert ops.pack(torch.tensor([-1, -8, 7, 0], dtype=torch.int8), 4).tolist() == [0x8F, 0x07]
 
 
+@pytest.mark.parametrize("activation", sorted(ACTIVATIONS))
+def test_a_gated_product_is_that_of_two_products(activation: str) -> None:
+    *operand, weight, scale, _, _, bits, bias, _, dtype = random_arguments(
+        torch.Generator().manual_seed(0), 3, 48, 256, dtype=torch.bfloat16, bias=True
+    )
+    parts = [tensor.chunk(2) for tensor in (weight, scale, bias)]
+    gate, up = (
+        ops.int_linear(*operand, w, s, None, None, bits, b, None, torch.float32) for w, s, b in zip(*parts, strict=True)
+    )
+    w, s, b = (ops.interleave_rows(*pair) for pair in parts)
+    gated = ops.gated_int_linear(*operand, w, s, None, None, bits, b, dtype, activation)
+    assert torch.equal(gated, (ACTIVATIONS[activation](gate) * up).bfloat16())
+
+
 # -- errors ----------------------------------------------------------------------------------------
 
 
@@ -198,6 +215,27 @@ def test_wrong_packed_sizes_are_errors() -> None:
         ops.unpack(torch.zeros(2, 2, dtype=torch.uint8), 4, 5, True)
     with pytest.raises(OptionError, match="bits=1"):
         ops.pack(torch.zeros(2, dtype=torch.int8), 1)
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_rows_that_cannot_alternate_are_errors(device: str) -> None:
+    x = torch.ones(12, 3, device=device)
+    for pair in ((x, x), (x[:8], x)):
+        with pytest.raises(OptionError, match="rows="):
+            ops.interleave_rows(*pair)
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_wrong_gates_are_errors(device: str) -> None:
+    def gated(rows: int, activation: str) -> torch.Tensor:
+        *operands, _, dtype = random_arguments(torch.Generator().manual_seed(0), 3, rows, 256)
+        moved = (one.to(device) if isinstance(one, torch.Tensor) else one for one in operands)
+        return ops.gated_int_linear(*moved, dtype, activation)
+
+    with pytest.raises(OptionError, match="rows=12: gates alternate with what they multiply 8 by 8"):
+        gated(24, "silu")
+    with pytest.raises(UnknownOptionError, match="Did you mean 'silu'"):
+        gated(32, "sillu")
 
 
 @pytest.mark.parametrize("device", ["cpu", "meta"])

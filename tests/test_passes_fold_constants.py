@@ -90,9 +90,9 @@ def test_what_a_constant_is_computed_from_is_freed_at_once(monkeypatch):
     made = {}
     compute = fold_constants.evaluate
 
-    def observed(node, known):
+    def observed(*arguments):
         with Remembering(made):
-            return compute(node, known)
+            return compute(*arguments)
 
     monkeypatch.setattr(fold_constants, "evaluate", observed)
     gc.disable()

@@ -1,8 +1,7 @@
-import math
-
 import pytest
 import torch
 from graphs import (
+    SPELLINGS,
     WHY_NOT_FUSED,
     WIDTH,
     Lambda,
@@ -19,7 +18,7 @@ from graphs import (
 from torch.nn import functional as F
 
 from quarot_fx.config import QuarotConfig
-from quarot_fx.ops.rotate_quantize import ACTIVATIONS
+from quarot_fx.ops.activations import ACTIVATIONS
 from quarot_fx.passes.fuse_rotations import FuseRotations
 
 FUSED, REFERENCE = "quarot.rotate_quantize.default", QuarotConfig(kernels="reference")
@@ -67,24 +66,8 @@ def test_without_a_gate(name, dtype):
     assert arguments(result) == ("args_0", None, name)
 
 
-WRITTEN_OUT = {
-    "silu": [lambda x: x * torch.sigmoid(x), lambda x: x / (1 + torch.exp(-x))],
-    "sigmoid": [lambda x: 1 / (1 + (-x).exp())],
-    "relu": [lambda x: x.clamp(min=0), lambda x: (x + x.abs()) / 2],
-    "relu_squared": [lambda x: F.relu(x) * F.relu(x), lambda x: F.relu(x).pow(2), lambda x: F.relu(x) * x],
-    "gelu": [lambda x: x * 0.5 * (1.0 + torch.erf(x / math.sqrt(2)))],
-    "gelu_tanh": [
-        lambda x: 0.5 * x * (1 + torch.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * torch.pow(x, 3.0)))),
-        lambda x: x * 0.5 * (1.0 + torch.tanh(0.79788456 * x * (1 + 0.044715 * x * x))),
-    ],
-}
-
-
-@pytest.mark.parametrize(
-    ("name", "place"), [(name, place) for name, functions in WRITTEN_OUT.items() for place in range(len(functions))]
-)
-def test_activations_in_every_spelling(name, place):
-    function = WRITTEN_OUT[name][place]
+@pytest.mark.parametrize(("name", "function"), SPELLINGS)
+def test_activations_in_every_spelling(name, function):
     result, _ = fused(lambda m, x: operand_of(rotate(function(x))), tokens(*ROWS))
     assert targets(result) == ["rotate_quantize"]
     assert arguments(result) == ("args_0", None, name)

@@ -21,6 +21,7 @@ from quarot_fx.coverage import cover
 from quarot_fx.errors import GroupSizeError
 from quarot_fx.passes.quantize_caches import QuantizeCaches
 
+quarot = torch.ops.quarot
 PARTS = {"q": linear(WIDTH), "k": linear(8), "v": linear(8), "o": linear(WIDTH)}
 
 
@@ -97,6 +98,57 @@ def test_keys_with_head_dim_not_last_are_quantised_along_it():
 def test_group_that_does_not_divide():
     with pytest.raises(GroupSizeError, match="kv_group=3 does not divide the 4 elements that a key of"):
         QuantizeCaches(QuarotConfig(kv_group=3))(captured(Lambda(fused, **PARTS), tokens()))
+
+
+def held(x, bits=4):
+    """What a cache of codes makes of a tensor."""
+    codes, scale, zero = quarot.quantize_asymmetric(quarot.rotate(x, f"hadamard-{x.shape[-1]}"), bits, None, 0.95)
+    codes = quarot.unpack(quarot.pack(codes, bits), bits, x.shape[-1], False)
+    return quarot.rotate(quarot.dequantize(codes, scale, zero, x.dtype), f"hadamard-{x.shape[-1]}", inverse=True)
+
+
+def attend(keys_and_values):
+    """Attention whose keys and values a function makes of new ones."""
+
+    def forward(m, x):
+        q, k, v = (layer(x)[:, None] for layer in (m.q, m.k, m.v))
+        return m.o(F.scaled_dot_product_attention(q, *keys_and_values(m, k, v))[:, 0])
+
+    return Lambda(forward, up=linear(8, 8), **(PARTS | {"q": linear(8), "o": linear(4, 8)}))
+
+
+def test_what_a_cache_holds_as_codes_is_not_quantised_again():
+    program = captured(attend(lambda m, k, v: (held(k, 4), held(v, 7)[:, :, :2])), tokens())
+    result, report = apply(QuantizeCaches(QuarotConfig(kv_bits=16)), program, tokens())
+    assert (report.matched, report.declined) == (2, [])
+    assert targets(result) == targets(program)
+    assert [(record.bits, record.by) for record in cover(result).caches] == [(4, "cache"), (7, "cache")]
+
+
+def test_keys_that_a_cache_holds_beside_values_that_it_does_not():
+    program = captured(attend(lambda m, k, v: (held(k, 8), v)), tokens())
+    result, report = apply(QuantizeCaches(), program, tokens())
+    assert report.matched == 2
+    assert [(record.bits, record.by) for record in cover(result).caches] == [(8, "cache"), (4, "simulation")]
+
+
+def test_latent_keys_and_values_are_held_as_what_they_are_made_of():
+    def latent(m, k, v):
+        made = m.up(held(k))
+        return torch.cat((made[..., :4], held(v)[..., :4]), -1), made
+
+    program = captured(attend(latent), tokens())
+    _, report = apply(QuantizeCaches(), program, tokens())
+    assert (report.matched, report.declined) == (2, [])
+
+
+def test_a_window_of_real_numbers_beside_codes():
+    program = captured(
+        attend(lambda m, k, v: (torch.cat((held(k), k), 2), torch.cat((held(v), held(v, 2)), 2))), tokens()
+    )
+    result, report = apply(QuantizeCaches(), program, tokens())
+    assert (report.matched, reasons(report)) == (1, ["the cache holds a part of the keys as codes, and a part not"])
+    assert [(record.bits, record.by) for record in cover(result).caches] == [(16, "cache"), (4, "cache")]
 
 
 def test_product_without_softmax_is_no_attention():

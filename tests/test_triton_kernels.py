@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from importlib import import_module
 from typing import Any
 
 import pytest
 import torch
+from graphs import outcome
 
 from quarot_fx.ops import DECLARATIONS, OpDeclaration
 
@@ -16,6 +18,8 @@ pytest.importorskip("triton", reason="kernels need Triton, which is there for Li
 from quarot_fx.lowering import triton as kernels  # registers the provider
 from quarot_fx.lowering.triton import tiles
 from quarot_fx.lowering.triton.device import Device
+from quarot_fx.lowering.triton.rotation_matrices import split
+from quarot_fx.rotation import Rotation
 
 pytestmark = pytest.mark.kernels
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -57,9 +61,8 @@ def test_kernel_agrees_with_the_reference(name: str, index: int) -> None:
     provider, arguments = declaration.providers["triton"], on_device(args)
     if (reason := provider.reason_against(*arguments)) is not None:
         pytest.skip(reason)
-    actual, expected = provider.implementation(*arguments), declaration.reference(*args)
-    if isinstance(expected, torch.Tensor):
-        actual, expected = (actual,), (expected,)
+    actual = outcome(declaration, provider.implementation, arguments)
+    expected = outcome(declaration, declaration.reference, args)
     for made, wanted in zip(actual, expected, strict=True):
         check_agrees(declaration, made, wanted, codes=expected[0].numel())
 
@@ -72,9 +75,10 @@ def test_kernels_take_nearly_all_inputs_of_their_op(name: str) -> None:
 
 
 @pytest.mark.parametrize("symmetric", [True, False])
-def test_nan_shows_in_its_row_only(symmetric: bool) -> None:
+@pytest.mark.parametrize("count", [1, 40])
+def test_nan_shows_in_its_row_only(symmetric: bool, count: int) -> None:
     x = torch.ones(2, 40)
-    x[0, 3] = torch.nan
+    x[0, :count] = torch.nan
     quantize = DECLARATIONS["quantize_activation"].providers["triton"].implementation
     codes, scale, *_ = quantize(x.to(DEVICE), 4, None, 1.0, symmetric, torch.int8)
     lowest = 0 if symmetric else -8
@@ -82,6 +86,29 @@ def test_nan_shows_in_its_row_only(symmetric: bool) -> None:
     assert scale[1].isfinite()
     assert (codes[0] == lowest).all()
     assert (codes[1] == 7).all()
+
+
+# -- rotations ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("size", [4096, 8960, 14336])  # of which the second fills no block
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_several_programs_make_of_a_row_what_one_makes(size: int, dtype: torch.dtype, symmetric: bool) -> None:
+    from quarot_fx.lowering.triton.rotate_quantize import rotate_quantize
+
+    whole = split(Rotation.parse(f"hadamard-{size}"), size, inner=1)
+    assert whole is not None
+    assert whole.has_parts
+    x, gate = torch.randn(2, 3, size, generator=torch.Generator().manual_seed(0)).to(dtype)
+    x[0, 3], x[1] = torch.nan, 0
+    arguments = on_device((x, gate, "silu", f"hadamard-{size}", 1, 4, None, 0.9, symmetric, torch.int8))
+    one, several = (
+        rotate_quantize(*arguments, launch={"ROWS": 1, "num_warps": 4, "num_stages": 1} | parts)
+        for parts in ({}, {"PART": 128})
+    )
+    for alone, together in zip(one, several, strict=True):
+        assert torch.equal(alone.nan_to_num(7), together.nan_to_num(7))
 
 
 # -- attention -------------------------------------------------------------------------------------
@@ -118,18 +145,71 @@ def test_keys_and_values_that_a_mask_hides_are_not_read(is_boolean: bool) -> Non
     torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
 
 
+# -- appending to a cache --------------------------------------------------------------------------
+
+
+def appended(x: torch.Tensor, bits: int, group: int | None, clip: float) -> list[tuple[torch.Tensor, ...]]:
+    """Return codes, scales and zero points of x, as the kernel and as the reference store them."""
+    declaration = DECLARATIONS["append"]
+    codes, scale, zero = DECLARATIONS["quantize_asymmetric"].reference(x, bits, group, clip)
+    rows = (DECLARATIONS["pack"].reference(codes, bits), scale, zero)
+    args = (*map(torch.zeros_like, rows), x, torch.arange(x.shape[2]), None, None, None, bits, group, clip)
+    kernel = outcome(declaration, declaration.providers["triton"].implementation, on_device(args))
+    return [tuple(tensor.cpu() for tensor in kernel), rows]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("bits", [2, 4, 8])
+def test_codes_are_exact_where_nothing_is_rotated(bits: int, dtype: torch.dtype) -> None:
+    x = torch.randn(1, 8, 100, 64, generator=torch.Generator().manual_seed(bits))
+    x *= 2.0 ** torch.randint(-20, 20, (1, 8, 100, 1), generator=torch.Generator().manual_seed(1)) / 100
+    x[0, 0] = (torch.arange(64) - 31.5) / 2  # halves of a step, at ties
+    for group, clip in ((None, 1.0), (16, 0.95)):
+        kernel, reference = appended(x.to(dtype), bits, group, clip)
+        for actual, expected in zip(kernel, reference, strict=True):
+            assert torch.equal(actual, expected)
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+def test_what_is_not_finite_shows_in_its_group_only(value: float) -> None:
+    x = torch.randn(1, 2, 3, 32, generator=torch.Generator().manual_seed(0))
+    x[0, 1, 2, 20] = value
+    for (codes, scale, zero), (expected_codes, expected_scale, expected_zero) in [appended(x, 4, 16, 0.95)]:
+        assert torch.equal(codes, expected_codes)
+        assert torch.equal(zero, expected_zero)
+        torch.testing.assert_close(scale, expected_scale, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"bits": 3}, "codes of 3 bits have no kernel"),
+        ({"group": 48}, "groups of 48"),
+        ({"x": torch.zeros(1, 2, 3, 96, dtype=torch.float64)}, "the activation is torch.float64"),
+        ({"codes": torch.zeros(1, 2, 96, 9, dtype=torch.uint8).transpose(2, 3)}, "gaps in its last axis"),
+    ],
+)
+def test_reasons_against_appending(change: dict[str, Any], reason: str) -> None:
+    codes, scale = torch.zeros(1, 2, 9, 48, dtype=torch.uint8), torch.zeros(1, 2, 9, 1)
+    args = {"codes": codes, "scale": scale, "zero": scale.byte(), "x": torch.zeros(1, 2, 3, 96), "position": None,
+            "cos": None, "sin": None, "rotation": None, "bits": 4, "group": None, "clip": 1.0} | change  # fmt: skip
+    found = DECLARATIONS["append"].providers["triton"].reason_against(*on_device(tuple(args.values())))
+    assert found is not None
+    assert reason in found
+
+
 # -- choice of launch parameters -------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("tokens", [1, 2, 3, 20, 130, 260])
-@pytest.mark.parametrize("container", [torch.int8, torch.float8_e4m3fn])
-def test_every_path_accumulates_exactly(tokens: int, container: torch.dtype) -> None:
+@pytest.mark.parametrize(("container", "bits"), [(torch.int8, 4), (torch.int8, 8), (torch.float8_e4m3fn, 4)])
+def test_every_path_accumulates_exactly(tokens: int, container: torch.dtype, bits: int) -> None:
     """With scales of 1 and results below 2^24, float32 shows each bit of the int32 sum."""
     generator = torch.Generator().manual_seed(tokens)
     codes = torch.randint(-8, 8, (tokens, 300), dtype=torch.int8, generator=generator)
     weight = torch.randint(-8, 8, (70, 300), dtype=torch.int8, generator=generator)
     operand = (codes.to(container), torch.ones(tokens, 1), None, codes.sum(-1, keepdim=True, dtype=torch.int32))
-    weights = (DECLARATIONS["pack_weight"].reference(weight, 4), torch.ones(70, 1), None, None, 4)
+    weights = (DECLARATIONS["pack_weight"].reference(weight, bits), torch.ones(70, 1), None, None, bits)
     args = on_device((*operand, *weights, None, None, torch.float32))
     provider = DECLARATIONS["int_linear"].providers["triton"]
     if (reason := provider.reason_against(*args)) is not None:
@@ -137,12 +217,12 @@ def test_every_path_accumulates_exactly(tokens: int, container: torch.dtype) -> 
     assert torch.equal(provider.implementation(*args).cpu().double(), codes.double() @ weight.double().mT)
 
 
-def test_split_products_are_the_same_in_every_run() -> None:
-    from quarot_fx.lowering.triton.int_linear import int_linear
-
-    args = on_device(inputs("int_linear")[8])
+@pytest.mark.parametrize("name", ["int_linear", "gated_int_linear"])
+def test_split_products_are_the_same_in_every_run(name: str) -> None:
+    multiply = getattr(import_module(f"quarot_fx.lowering.triton.{name}"), name)
+    args = on_device(inputs(name)[8])
     launch = {"BLOCK_N": 32, "BLOCK_M": 16, "BLOCK_K": 64, "RASTER": 8, "num_warps": 4, "num_stages": 2}
-    whole, split = int_linear(*args, launch=launch), int_linear(*args, launch={**launch, "SPLIT_K": 3})
+    whole, split = multiply(*args, launch=launch), multiply(*args, launch={**launch, "SPLIT_K": 3})
     assert torch.equal(whole, split)
 
 
@@ -154,7 +234,7 @@ def test_every_gpu_has_launch_parameters_that_fit_it(
     capability: tuple[int, int], kibibytes: int, is_hopper_like: bool
 ) -> None:
     found = tiles.table(Device(capability, kibibytes * 1024, multiprocessors=132))
-    for kernel in ("attend", "int_gemv", "int_matmul", "int_matmul_float8", "rotate_quantize"):
+    for kernel in ("attend", "attend_packed", "int_gemv", "int_matmul", "int_matmul_float8", "rotate_quantize"):
         assert found[kernel]
     assert (len(found["int_matmul"]) > 10) == is_hopper_like
 
@@ -181,10 +261,20 @@ def test_reasons_against_a_product(change: dict[str, Any], reason: str) -> None:
     assert reason in found
 
 
+def test_reasons_against_a_gated_product_are_those_against_the_product() -> None:
+    *operands, _, activation = inputs("gated_int_linear")[0]
+    found = (
+        DECLARATIONS["gated_int_linear"]
+        .providers["triton"]
+        .reason_against(*on_device((*operands, torch.float64, activation)))
+    )
+    assert found == "the result is torch.float64"
+
+
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
-        ({"q": torch.zeros(2, 4, 3, 64, dtype=torch.float64)}, "queries, keys and values are torch.float64"),
+        ({"q": torch.zeros(2, 4, 3, 64, dtype=torch.float64)}, "queries are torch.float64"),
         ({"k": torch.zeros(2, 2, 5, 64).bfloat16()}, "torch.float32, torch.bfloat16, torch.float32"),
         ({"q": torch.zeros(2, 4, 3, 512)}, "heads of 512 elements"),
         ({"q": torch.zeros(2, 4, 33, 64)}, "33 queries of 2 heads that share keys are more than 64"),
@@ -195,6 +285,25 @@ def test_reasons_against_attention(change: dict[str, torch.Tensor], reason: str)
     k, v = torch.zeros(2, 2, 2, 5, 64)
     args = {"q": torch.zeros(2, 4, 3, 64), "k": k, "v": v, "mask": None, "scale": 1.0} | change
     found = DECLARATIONS["attend"].providers["triton"].reason_against(*on_device(tuple(args.values())))
+    assert found is not None
+    assert reason in found
+
+
+@pytest.mark.parametrize(
+    ("bits", "groups", "size", "reason"),
+    [
+        (3, 1, 64, "codes of 3 bits have no kernel"),
+        (4, 8, 64, "groups of 8"),
+        (4, 4, 96, "groups of 24"),
+        (4, 1, 68, "68 codes of 4 bits are no whole words"),
+        (4, 1, 512, "heads of 512 elements"),
+    ],
+)
+def test_reasons_against_attention_to_codes(bits: int, groups: int, size: int, reason: str) -> None:
+    codes, scale = torch.zeros(1, 2, 5, size * bits // 8, dtype=torch.uint8), torch.zeros(1, 2, 5, groups)
+    held = (codes, scale, scale.byte())
+    args = (torch.zeros(1, 4, 1, size), *held, *held, None, 1.0, bits, bits, size)
+    found = DECLARATIONS["attend_packed"].providers["triton"].reason_against(*on_device(args))
     assert found is not None
     assert reason in found
 

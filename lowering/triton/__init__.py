@@ -3,6 +3,7 @@
 Importing this package imports neither Triton nor CUDA: ``<op>.py`` is imported when its op first runs.
 
 ``<op>``          launches the kernels of ``quarot::<op>``
+``rotate_quantize_parts``  ``rotate_quantize`` of few long rows
 ``int_gemv``      the matrix product for one or two tokens
 ``int_matmul``    the matrix product for any number of tokens
 ``language``      device functions that kernels share

@@ -2,12 +2,16 @@
 
 All queries of the heads that share keys and values are the rows of one tile, so that every key and value is read once,
 and tensor cores multiply. Blocks of keys are dealt to the programs in turn, and those before the first and after the
-last one in which a mask leaves anything are not read: of a cache that is not full, each program reads its share.
+last one in which a mask leaves anything are not read: of a cache that is not full, each program reads its share. Where
+every program has one block, all are read.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
+from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import torch
@@ -17,13 +21,47 @@ from torch import Tensor
 
 from quarot_fx.lowering.triton import tiles
 from quarot_fx.lowering.triton.device import describe
-from quarot_fx.lowering.triton.language import dot, let_dependents_start, round_to, rounds, wait_for_inputs
-from quarot_fx.lowering.triton.rotation_matrices import power_of_two_from
+from quarot_fx.lowering.triton.language import (
+    code_at,
+    code_offset,
+    codes_as_floats,
+    dot,
+    let_dependents_start,
+    prefetch,
+    round_to,
+    rounds,
+    wait_for_inputs,
+)
+from quarot_fx.lowering.triton.rotation_matrices import SMALLEST_BLOCK, power_of_two_from
 
 MOST_SPLITS = 128
 COMBINED = 4096  # numbers that a program combines: 32 a thread
-SCANNED = tl.constexpr(4096)  # numbers of a mask that a program looks at together
+SCANNED = 4096  # numbers of a mask that a program looks at together, at most
+LINE_BYTES = tl.constexpr(128)  # of the cache
 PRECISION = tl.constexpr("ieee")
+LOG2_E = tl.constexpr(math.log2(math.e))
+
+
+@triton.jit
+def _elements(SIZE: tl.constexpr, BLOCK: tl.constexpr, BITS: tl.constexpr):
+    """Return which elements of a key or value the columns of a block are, and whether there are such elements."""
+    column = tl.arange(0, BLOCK)
+    if BITS < 16:
+        column = code_at(column, BITS)
+    return column, column < SIZE
+
+
+@triton.jit
+def _prefetch_block(
+    tensor, start, end, stride, KEYS: tl.constexpr, SIZE: tl.constexpr, BITS: tl.constexpr, EARLY: tl.constexpr
+):
+    """Start to move keys or values of SIZE elements from ``start`` on to the L2 cache."""
+    NUMBERS: tl.constexpr = SIZE if BITS == 16 else (SIZE * BITS + 7) // 8
+    LINE: tl.constexpr = LINE_BYTES // (tensor.dtype.element_ty.primitive_bitwidth // 8)
+    LINES: tl.constexpr = triton.next_power_of_2(triton.cdiv(NUMBERS, LINE))
+    key = tl.minimum(start + tl.arange(0, KEYS), end - 1).to(tl.int64)
+    column = tl.minimum(tl.arange(0, LINES) * LINE, NUMBERS - 1)
+    prefetch(tensor + key[:, None] * stride + column[None, :], EARLY)
 
 
 @triton.jit
@@ -37,20 +75,65 @@ def _load_block(tensor, start, end, stride, KEYS: tl.constexpr, SIZE: tl.constex
 
 
 @triton.jit
+def _load_codes(
+    codes,
+    scale,
+    zero,
+    start,
+    end,
+    stride,
+    stride_scale,
+    KEYS: tl.constexpr,
+    SIZE: tl.constexpr,
+    BLOCK: tl.constexpr,
+    BITS: tl.constexpr,
+    GROUP: tl.constexpr,
+    dtype: tl.constexpr,
+):
+    """Load packed keys or values [KEYS, BLOCK] as floats: numbers where each has several groups, else codes."""
+    CODES: tl.constexpr = 32 // BITS  # of a word
+    GROUPS: tl.constexpr = SIZE // GROUP
+    words_at = codes.to(tl.pointer_type(tl.int32))
+    words = _load_block(words_at, start, end, stride // 4, KEYS, SIZE // CODES, BLOCK // CODES)
+    floats = codes_as_floats(words, BITS, dtype)
+    if GROUPS > 1:
+        GROUP_BLOCKS: tl.constexpr = BLOCK // GROUP
+        key, group = tl.arange(0, KEYS), tl.arange(0, GROUP_BLOCKS)
+        at = start.to(tl.int64) * stride_scale + key[:, None] * stride_scale + group[None, :]
+        is_group = (start + key < end)[:, None] & (group < GROUPS)[None, :]
+        factors = tl.load(scale + at, mask=is_group, other=0)
+        origins = tl.load(zero + at, mask=is_group, other=0).to(tl.float32) + code_offset(BITS, dtype)
+        grouped = tl.reshape(floats.to(tl.float32), (KEYS, GROUP_BLOCKS, GROUP))
+        grouped = (grouped - origins[:, :, None]) * factors[:, :, None]
+        floats = round_to(tl.reshape(grouped, (KEYS, BLOCK)), dtype)
+    return floats
+
+
+@triton.jit
+def _load_scales(scale, zero, start, end, stride, KEYS: tl.constexpr):
+    """Load the scale and the zero point of keys or values that have one each."""
+    key = tl.arange(0, KEYS)
+    at, is_key = start.to(tl.int64) * stride + key * stride, start + key < end
+    return tl.load(scale + at, mask=is_key, other=0), tl.load(zero + at, mask=is_key, other=0)
+
+
+@triton.jit
 def _load_mask(mask_at, stride, keys, is_mask):
-    """Load a mask [rows, keys] and return what is added to scores, -inf for keys that are not attended to."""
-    at = mask_at[:, None] + keys[None, :] * stride
-    if mask_at.dtype.element_ty == tl.int1:
-        added = tl.where(tl.load(at, mask=is_mask, other=0) != 0, 0.0, float("-inf"))
-    else:
-        added = tl.load(at, mask=is_mask, other=float("-inf")).to(tl.float32)
-    return added
+    """Load a mask [keys, rows]; where there is none, nothing is attended to."""
+    other = 0 if mask_at.dtype.element_ty == tl.int1 else float("-inf")
+    return tl.load(mask_at[None, :] + keys[:, None] * stride, mask=is_mask, other=other)
+
+
+@triton.jit
+def _added(loaded, IS_BOOLEAN: tl.constexpr):
+    """Return what a mask adds to scores, -inf for keys that are not attended to."""
+    return tl.where(loaded != 0, 0.0, float("-inf")) if IS_BOOLEAN else loaded.to(tl.float32)
 
 
 @triton.jit
 def _exp(x, maximum):
     """Return e^(x - maximum), and zeros where the maximum is that of nothing, -inf."""
-    return tl.exp(x - tl.where(maximum == float("-inf"), 0.0, maximum))
+    return tl.exp2((x - tl.where(maximum == float("-inf"), 0.0, maximum)) * LOG2_E)
 
 
 @triton.jit
@@ -63,7 +146,11 @@ def _quotient(x, total):
 def _attend(
     q,
     k,
+    k_scale,
+    k_zero,
     v,
+    v_scale,
+    v_zero,
     mask,
     y,
     partial,
@@ -80,9 +167,15 @@ def _attend(
     stride_k_batch,
     stride_k_head,
     stride_k,
+    stride_k_scale_batch,
+    stride_k_scale_head,
+    stride_k_scale,
     stride_v_batch,
     stride_v_head,
     stride_v,
+    stride_v_scale_batch,
+    stride_v_scale_head,
+    stride_v_scale,
     stride_mask_batch,
     stride_mask_head,
     stride_mask_query,
@@ -91,71 +184,152 @@ def _attend(
     V_SIZE: tl.constexpr,
     K_BLOCK: tl.constexpr,
     V_BLOCK: tl.constexpr,
+    K_BITS: tl.constexpr,
+    V_BITS: tl.constexpr,
+    K_GROUP: tl.constexpr,
+    V_GROUP: tl.constexpr,
     ROWS: tl.constexpr,
     MASK_ROWS: tl.constexpr,
     KEYS: tl.constexpr,
+    ONE_BLOCK: tl.constexpr,
+    SCANNED_BLOCKS: tl.constexpr,
     EARLY: tl.constexpr,
 ):
-    """Attend to one block of keys in so many. ROWS hold the queries of a group; MASK_ROWS is 1 if they share a mask."""
+    """Attend to one block of keys in so many, ONE_BLOCK in all or more.
+
+    ROWS hold the queries of a group; MASK_ROWS is 1 if they share a mask.
+
+    Packed keys and values with one scale each are multiplied as integers: a score is ``scale (q.c - zero sum(q))``, and
+    what is mixed ``sum(p' c) - sum(p' zero)`` of weights ``p' = p scale``, which are rounded once for both sums.
+    """
     pair, split, splits = tl.program_id(0), tl.program_id(1), tl.num_programs(1)
     batch, kv_head = (pair // kv_heads).to(tl.int64), (pair % kv_heads).to(tl.int64)
-    row, column = tl.arange(0, ROWS), tl.arange(0, K_BLOCK)
+    dtype: tl.constexpr = q.dtype.element_ty
+    K_IS_SCALED: tl.constexpr = K_BITS < 16 and K_GROUP == K_SIZE
+    V_IS_SCALED: tl.constexpr = V_BITS < 16 and V_GROUP == V_SIZE
+    row = tl.arange(0, ROWS)
+    column, is_column = _elements(K_SIZE, K_BLOCK, K_BITS)
     is_row = row < group * queries
     k_at = k + batch * stride_k_batch + kv_head * stride_k_head
     v_at = v + batch * stride_v_batch + kv_head * stride_v_head
     head = kv_head * group + row // queries
     q_at = q + batch * stride_q_batch + head * stride_q_head + row % queries * stride_q
+    # Of the first block, most keys and values are there since long; what is still written, the cache keeps coherent.
+    _prefetch_block(k_at, split * KEYS, keys, stride_k, KEYS, K_SIZE, K_BITS, EARLY)
+    _prefetch_block(v_at, split * KEYS, keys, stride_v, KEYS, V_SIZE, V_BITS, EARLY)
     wait_for_inputs(EARLY)
     let_dependents_start(EARLY)
-    q_rows = tl.load(q_at[:, None] + column[None, :], mask=is_row[:, None] & (column < K_SIZE)[None, :], other=0)
-    # Of the program's blocks, those that are read.
+    if K_BITS < 16:
+        k_scale += batch * stride_k_scale_batch + kv_head * stride_k_scale_head
+        k_zero += batch * stride_k_scale_batch + kv_head * stride_k_scale_head
+    if V_BITS < 16:
+        v_scale += batch * stride_v_scale_batch + kv_head * stride_v_scale_head
+        v_zero += batch * stride_v_scale_batch + kv_head * stride_v_scale_head
+    # Of the program's blocks, those that are read. One alone is, whatever a mask leaves of it: to look first would take
+    # as long as to load.
     first, last = tl.full((), 0, tl.int32), tl.cdiv(tl.cdiv(keys, KEYS) - split, splits)
     if mask is not None:
         mask_row = tl.arange(0, MASK_ROWS)
-        is_mask_row = (mask_row < group * queries)[:, None]
+        is_mask_row = (mask_row < group * queries)[None, :]
         mask_head = kv_head * group + mask_row // queries
         mask_at = mask + batch * stride_mask_batch + mask_head * stride_mask_head
         mask_at += mask_row % queries * stride_mask_query
-        first, last = last, first
-        SCANNED_BLOCKS: tl.constexpr = SCANNED // (MASK_ROWS * KEYS) if MASK_ROWS * KEYS < SCANNED else 1
-        for scanned in range(rounds(tl.cdiv(first, SCANNED_BLOCKS))):
-            place = tl.arange(0, SCANNED_BLOCKS * KEYS)
-            block = scanned * SCANNED_BLOCKS + place // KEYS
-            key = (split + block * splits) * KEYS + place % KEYS
-            added = _load_mask(mask_at, stride_mask, key, is_mask_row & (key < keys)[None, :])
-            is_attended = added != float("-inf")
-            first = tl.minimum(first, tl.min(tl.where(is_attended, block[None, :], first)))
-            last = tl.maximum(last, tl.max(tl.where(is_attended, block[None, :] + 1, 0)))
+        IS_BOOLEAN: tl.constexpr = mask.dtype.element_ty == tl.int1
+        if not ONE_BLOCK:
+            first, last = last, first
+            for scanned in range(rounds(tl.cdiv(first, SCANNED_BLOCKS))):
+                place = tl.arange(0, SCANNED_BLOCKS * KEYS)
+                block = scanned * SCANNED_BLOCKS + place // KEYS
+                key = (split + block * splits) * KEYS + place % KEYS
+                loaded = _load_mask(mask_at, stride_mask, key, (key < keys)[:, None] & is_mask_row)
+                is_attended = _added(loaded, IS_BOOLEAN) != float("-inf")
+                first = tl.minimum(first, tl.min(tl.where(is_attended, block[:, None], first)))
+                last = tl.maximum(last, tl.max(tl.where(is_attended, block[:, None] + 1, 0)))
+    q_rows = tl.load(q_at[None, :] + column[:, None], mask=is_column[:, None] & is_row[None, :], other=0)
+    if K_IS_SCALED:
+        q_sum = tl.sum(q_rows.to(tl.float32), axis=0)
     maximum = tl.full((ROWS,), float("-inf"), tl.float32)
-    total = tl.zeros((ROWS,), tl.float32)
-    mixed = tl.zeros((ROWS, V_BLOCK), tl.float32)
+    totals_of_keys = tl.zeros((KEYS, ROWS), tl.float32)  # added up in the end, which costs less
+    mixed = tl.zeros((V_BLOCK, ROWS), tl.float32)
+    origins_of_keys = tl.zeros((KEYS, ROWS), tl.float32)
+    # What is small is loaded one round before it is used: copies to shared memory, which Triton starts early, are no
+    # smaller than four bytes a thread.
+    start = (split + first * splits) * KEYS
+    if K_IS_SCALED:
+        next_k_factor, next_k_origin = _load_scales(k_scale, k_zero, start, keys, stride_k_scale, KEYS)
+    if V_IS_SCALED:
+        next_v_factor, next_v_origin = _load_scales(v_scale, v_zero, start, keys, stride_v_scale, KEYS)
+    if mask is not None:
+        key = start + tl.arange(0, KEYS)
+        next_mask = _load_mask(mask_at, stride_mask, key, (key < keys)[:, None] & is_mask_row)
     for block in range(rounds(first), rounds(last)):
         start = (split + block * splits) * KEYS
-        key = start + tl.arange(0, KEYS)
-        k_rows = _load_block(k_at, start, keys, stride_k, KEYS, K_SIZE, K_BLOCK)
-        v_rows = _load_block(v_at, start, keys, stride_v, KEYS, V_SIZE, V_BLOCK)
-        scores = dot(q_rows, tl.trans(k_rows), PRECISION) * scale
+        following = start + splits * KEYS
+        key = following + tl.arange(0, KEYS)
+        if K_IS_SCALED:
+            k_factor, k_origin = next_k_factor, next_k_origin
+            next_k_factor, next_k_origin = _load_scales(k_scale, k_zero, following, keys, stride_k_scale, KEYS)
+        if V_IS_SCALED:
+            v_factor, v_origin = next_v_factor, next_v_origin
+            next_v_factor, next_v_origin = _load_scales(v_scale, v_zero, following, keys, stride_v_scale, KEYS)
         if mask is not None:
-            scores += _load_mask(mask_at, stride_mask, key, is_mask_row & (key < keys)[None, :])
+            loaded = next_mask
+            next_mask = _load_mask(mask_at, stride_mask, key, (key < keys)[:, None] & is_mask_row)
+        if K_BITS < 16:
+            k_rows = _load_codes(
+                k_at, k_scale, k_zero, start, keys, stride_k, stride_k_scale,
+                KEYS, K_SIZE, K_BLOCK, K_BITS, K_GROUP, dtype,
+            )  # fmt: skip
         else:
-            scores = tl.where((key < keys)[None, :], scores, float("-inf"))
-        larger = tl.maximum(maximum, tl.max(scores, axis=1))
-        # Not exp2 of scores that are scaled by log2(e): with the lowest float32 added, as some masks have it, they
+            k_rows = _load_block(k_at, start, keys, stride_k, KEYS, K_SIZE, K_BLOCK)
+        scores = dot(k_rows, q_rows, PRECISION)
+        if K_IS_SCALED:
+            origin = k_origin.to(tl.float32) + code_offset(K_BITS, dtype)
+            scores = (scores - origin[:, None] * q_sum[None, :]) * (k_factor * scale)[:, None]
+        else:
+            scores *= scale
+        if mask is not None:
+            scores += _added(loaded, IS_BOOLEAN)
+        else:
+            scores = tl.where((start + tl.arange(0, KEYS) < keys)[:, None], scores, float("-inf"))
+        larger = tl.maximum(maximum, tl.max(scores, axis=0))
+        # Differences are scaled by log2(e), not scores: with the lowest float32 added, as some masks have it, these
         # would become -inf.
-        weights = _exp(scores, larger[:, None])
-        shrinkage = _exp(maximum, larger)
-        total = total * shrinkage + tl.sum(weights, axis=1)
-        mixed = mixed * shrinkage[:, None] + dot(round_to(weights, v_rows.dtype), v_rows, PRECISION)
+        weights = _exp(scores, larger[None, :])
+        shrinkage = _exp(maximum, larger)[None, :]
+        totals_of_keys = totals_of_keys * shrinkage + weights
+        if V_BITS < 16:
+            v_rows = _load_codes(
+                v_at, v_scale, v_zero, start, keys, stride_v, stride_v_scale,
+                KEYS, V_SIZE, V_BLOCK, V_BITS, V_GROUP, dtype,
+            )  # fmt: skip
+        else:
+            v_rows = _load_block(v_at, start, keys, stride_v, KEYS, V_SIZE, V_BLOCK)
+        if V_IS_SCALED:
+            if dtype == tl.float16:  # its range: weights are at most 1 in units of the largest factor
+                unit = tl.max(v_factor, axis=0)
+                unit = tl.where(unit == 0, 1.0, unit)
+            else:
+                unit = 1.0
+            weights = round_to(weights * (v_factor / unit)[:, None], dtype)
+            mixed = mixed * shrinkage + dot(tl.trans(v_rows), weights, PRECISION) * unit
+            origin = (v_origin.to(tl.float32) + code_offset(V_BITS, dtype)) * unit
+            origins_of_keys = origins_of_keys * shrinkage + weights.to(tl.float32) * origin[:, None]
+        else:
+            mixed = mixed * shrinkage + dot(tl.trans(v_rows), round_to(weights, dtype), PRECISION)
         maximum = larger
-    column = tl.arange(0, V_BLOCK)
-    is_result = is_row[:, None] & (column < V_SIZE)[None, :]
+    total = tl.sum(totals_of_keys, axis=0)
+    if V_IS_SCALED:
+        mixed -= tl.sum(origins_of_keys, axis=0)[None, :]
+    column, is_column = _elements(V_SIZE, V_BLOCK, V_BITS)
+    is_result = is_column[:, None] & is_row[None, :]
     at = pair.to(tl.int64) * (group * queries) + row
     if partial is None:
-        result = round_to(_quotient(mixed, total[:, None]), y.dtype.element_ty)
-        tl.store(y + at[:, None] * V_SIZE + column[None, :], result, mask=is_result)
+        result = round_to(_quotient(mixed, total[None, :]), y.dtype.element_ty)
+        tl.store(y + at[None, :] * V_SIZE + column[:, None], result, mask=is_result)
     else:
         at = at * splits + split
-        tl.store(partial + at[:, None] * V_SIZE + column[None, :], mixed, mask=is_result)
+        tl.store(partial + at[None, :] * V_SIZE + column[:, None], mixed, mask=is_result)
         tl.store(maxima + at, maximum, mask=is_row)
         tl.store(totals + at, total, mask=is_row)
 
@@ -188,47 +362,102 @@ def _combine(
     tl.store(y + row * SIZE + column, round_to(result, y.dtype.element_ty), mask=is_column)
 
 
+@dataclass(frozen=True)
+class Rows:
+    """Keys, or values, of a cache.
+
+    Attributes:
+        numbers: [batch, kv heads, keys, size], or packed codes [batch, kv heads, keys, bytes].
+        size: elements of a key.
+        bits: of a code; 16 where numbers are not packed.
+        scale, zero: of codes, [batch, kv heads, keys, size / group].
+    """
+
+    numbers: Tensor
+    size: int
+    bits: int = 16
+    scale: Tensor | None = None
+    zero: Tensor | None = None
+
+    @property
+    def block(self) -> int:
+        """Columns of a program's block, of packed codes two words at least."""
+        return power_of_two_from(self.size, SMALLEST_BLOCK if self.bits == 16 else max(SMALLEST_BLOCK, 64 // self.bits))
+
+    @property
+    def group(self) -> int:
+        """Elements that share a scale."""
+        return self.size if self.scale is None else self.size // self.scale.shape[-1]
+
+    def in_place(self) -> Rows:
+        """Return the same rows, copied if a kernel could not read them: whole words, with the same strides of scale and
+        zero.
+        """
+        numbers, scale, zero = self.numbers, self.scale, self.zero
+        is_aligned = self.bits == 16 or not any(n % 4 for n in (*numbers.stride()[:-1], numbers.storage_offset()))
+        if numbers.stride(-1) != 1 or not is_aligned:
+            numbers = numbers.contiguous()
+        if scale is not None and zero is not None and (scale.stride(-1) != 1 or scale.stride() != zero.stride()):
+            scale, zero = scale.contiguous(), zero.contiguous()
+        return Rows(numbers, self.size, self.bits, scale, zero)
+
+
 def attend(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, launch: Mapping[str, Any] | None = None
 ) -> Tensor:
     """Return what the op declares; ``launch`` replaces the launch parameters that the tables give."""
-    (batch, heads, queries, size), (kv_heads, keys) = q.shape, k.shape[1:3]
-    y = q.new_empty((batch, heads, queries, v.shape[-1]))
-    if y.numel() == 0:
-        return y
-    q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
-    blocks = {"K_BLOCK": power_of_two_from(size), "V_BLOCK": power_of_two_from(v.shape[-1])}
+    return attend_rows(q, Rows(k, k.shape[-1]), Rows(v, v.shape[-1]), mask, scale, launch)
+
+
+def attend_rows(
+    q: Tensor, k: Rows, v: Rows, mask: Tensor | None, scale: float, launch: Mapping[str, Any] | None = None
+) -> Tensor:
+    """Return the attention of q [batch, heads, queries, size] to keys and values, packed or not."""
+    (batch, heads, queries, _), (kv_heads, keys) = q.shape, k.numbers.shape[1:3]
+    y = q.new_empty((batch, heads, queries, v.size))
+    if y.numel() == 0 or keys == 0:
+        return y.zero_()
+    q, k, v = q if q.stride(-1) == 1 else q.contiguous(), k.in_place(), v.in_place()
+    blocks = {"K_BLOCK": k.block, "V_BLOCK": v.block}
     device, group, pairs = describe(q.device), heads // kv_heads, batch * kv_heads
     rows = power_of_two_from(group * queries)
     if launch is None:
-        launch = tiles.nearest("attend", q.device, queries=rows, row_bytes=max(blocks.values()) * k.itemsize)
+        kernel, bits = ("attend", 8 * q.itemsize) if k.bits == 16 else ("attend_packed", max(k.bits, v.bits))
+        launch = tiles.nearest(kernel, q.device, queries=rows, row_bytes=max(blocks.values()) * bits // 8)
     launch = dict(launch)
     keys_at_once = launch.pop("KEYS")
     programs = launch.pop("PROGRAMS") * device.multiprocessors
-    splits = _splits(triton.cdiv(keys, keys_at_once), programs // pairs)
+    blocks_of_keys = triton.cdiv(keys, keys_at_once)
+    splits = _splits(blocks_of_keys, programs // pairs)
     mask_rows, mask_strides = rows, [0] * 4
     if mask is not None:
         mask = mask.expand(batch, heads, queries, keys)
         mask_strides = list(mask.stride())
         if all(n == 1 or stride == 0 for n, stride in zip(mask.shape[1:3], mask_strides[1:3], strict=True)):
             mask_rows = 1
+    each = triton.cdiv(blocks_of_keys, splits)
+    most_scanned = max(1, SCANNED // (mask_rows * keys_at_once))
+    scanned = min(most_scanned, power_of_two_from(each, smallest=1))
     partial = maxima = totals = None
     if splits > 1:
         maxima, totals = q.new_empty((2, pairs * group * queries, splits), dtype=torch.float32)
-        partial = maxima.new_empty((*maxima.shape, v.shape[-1]))
+        partial = maxima.new_empty((*maxima.shape, v.size))
     early = {"EARLY": device.starts_early, "launch_pdl": device.starts_early}
+    strides = [
+        [0, 0, 0] if tensor is None else tensor.stride()[:3] for tensor in (k.numbers, k.scale, v.numbers, v.scale)
+    ]
     _attend[(pairs, splits)](
-        q, k, v, mask, y, partial, maxima, totals, scale, kv_heads, group, queries, keys,
-        *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *mask_strides,
-        K_SIZE=size, V_SIZE=v.shape[-1], **blocks, ROWS=rows, MASK_ROWS=mask_rows, KEYS=keys_at_once, **early, **launch,
+        q, k.numbers, k.scale, k.zero, v.numbers, v.scale, v.zero, mask, y, partial, maxima, totals,
+        scale, kv_heads, group, queries, keys, *q.stride()[:3], *chain.from_iterable(strides), *mask_strides,
+        K_SIZE=k.size, V_SIZE=v.size, **blocks, K_BITS=k.bits, V_BITS=v.bits, K_GROUP=k.group, V_GROUP=v.group,
+        ROWS=rows, MASK_ROWS=mask_rows, KEYS=keys_at_once,
+        ONE_BLOCK=each == 1, SCANNED_BLOCKS=scanned, **early, **launch,
     )  # fmt: skip
     if splits > 1:
         combined = power_of_two_from(splits, smallest=1)
-        columns = min(blocks["V_BLOCK"], COMBINED // combined)
-        grid = (pairs * group * queries, triton.cdiv(v.shape[-1], columns))
-        _combine[grid](
-            partial, maxima, totals, y, splits, SIZE=v.shape[-1], SPLITS=combined, COLUMNS=columns, **early
-        )  # fmt: skip
+        columns = min(power_of_two_from(v.size), COMBINED // combined)
+        grid = (pairs * group * queries, triton.cdiv(v.size, columns))
+        _combine[grid](partial, maxima, totals, y, splits, SIZE=v.size, SPLITS=combined, COLUMNS=columns, **early)
     return y
 
 

@@ -12,6 +12,8 @@ import triton
 import triton.language as tl
 
 from quarot_fx.lowering.triton.language import (
+    GATE_ROWS,
+    activate,
     high_codes_times_16,
     high_nibbles,
     let_dependents_start,
@@ -72,6 +74,17 @@ def _scales(x_scale, w_scale, tokens, rows, k, SIZE: tl.constexpr, X_GROUP: tl.c
 
 
 @triton.jit
+def _gated(value, ACTIVATION: tl.constexpr, dtype: tl.constexpr):
+    """Return activation(gate) * up, [BLOCK_N / 2, BLOCK_M], of a tile whose rows belong to gate and up in turn.
+
+    A thread has both of a pair where the tensor cores left them: nothing moves.
+    """
+    in_turn = tl.reshape(value, (value.shape[0] // (2 * GATE_ROWS), 2, GATE_ROWS, value.shape[1]))
+    gate, up = tl.split(tl.permute(in_turn, (0, 2, 3, 1)))
+    return tl.reshape(activate(gate, ACTIVATION, dtype) * up, (value.shape[0] // 2, value.shape[1]))
+
+
+@triton.jit
 def _finish(
     product,
     token,
@@ -90,14 +103,17 @@ def _finish(
     SIZE: tl.constexpr,
     IMPLIED_ZERO: tl.constexpr,
     SUBTRACTED: tl.constexpr,
+    UNIT: tl.constexpr,
     X_GROUP: tl.constexpr,
     W_GROUP: tl.constexpr,
+    ACTIVATION: tl.constexpr,
     TMA_STORE: tl.constexpr,
 ):
-    """Take zero points out of a product [BLOCK_N, BLOCK_M], scale it, add bias and residual, store it transposed.
+    """Take zero points out of a product [BLOCK_N, BLOCK_M], scale it, add a bias, gate its rows by each other if there
+    is an ACTIVATION, add a residual, store it transposed.
 
     The product is exact and whole if no operand is grouped, else already scaled by the scales of groups. It is that of
-    stored numbers less SUBTRACTED; their zero point is ``w_zero``, or IMPLIED_ZERO.
+    stored numbers less SUBTRACTED, times UNIT; their zero point is ``w_zero``, or IMPLIED_ZERO.
     """
     GROUPED: tl.constexpr = X_GROUP != 0 or W_GROUP != 0
     GROUP: tl.constexpr = X_GROUP if X_GROUP != 0 else W_GROUP
@@ -123,13 +139,17 @@ def _finish(
             product -= correction
     value = product.to(tl.float32)
     if not GROUPED:
-        value *= tl.load(w_scale + row_at)[:, None] * tl.load(x_scale + token_at)[None, :]
+        value *= (tl.load(w_scale + row_at) * (1.0 / UNIT))[:, None] * tl.load(x_scale + token_at)[None, :]
     elif not W_GROUP:
         value *= tl.load(w_scale + row_at)[:, None]
     elif not X_GROUP:
         value *= tl.load(x_scale + token_at)[None, :]
     if bias is not None:
         value += tl.load(bias + row_at).to(tl.float32)[:, None]
+    if ACTIVATION is not None:
+        value = _gated(value, ACTIVATION, y.dtype if TMA_STORE else y.dtype.element_ty)
+        row, N = row // 2, N // 2
+        rows = row + tl.arange(0, value.shape[0])
     at = tokens.to(tl.int64)[None, :] * N + rows[:, None]
     mask = (tokens < M)[None, :] & (rows < N)[:, None]
     if residual is not None:
@@ -163,6 +183,7 @@ def _int_matmul(
     SUBTRACTED: tl.constexpr,
     X_GROUP: tl.constexpr,
     W_GROUP: tl.constexpr,
+    ACTIVATION: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -235,10 +256,12 @@ def _int_matmul(
                     accumulator += part.to(tl.float32) * scale
                 else:
                     accumulator += part
-    # Exact: unpacked codes were multiplied by a power of two.
+    # Unpacked codes were multiplied by a power of two. It is taken back, exactly, by the scale if nothing comes before.
+    HAS_ZEROS: tl.constexpr = IMPLIED_ZERO != SUBTRACTED or w_zero is not None or x_zero is not None
+    UNIT: tl.constexpr = 16 if W_BITS == 4 and WHOLE and SPLIT_K == 1 and not HAS_ZEROS else 1
     if W_BITS == 4 and IS_FLOAT:
         accumulator *= 512.0
-    elif W_BITS == 4:
+    elif W_BITS == 4 and UNIT == 1:
         accumulator = accumulator >> 4 if WHOLE else accumulator * (1.0 / 16)
     if SPLIT_K == 1:
         _finish(
@@ -259,8 +282,10 @@ def _int_matmul(
             SIZE,
             IMPLIED_ZERO,
             SUBTRACTED,
+            UNIT,
             X_GROUP,
             W_GROUP,
+            ACTIVATION,
             TMA_STORE,
         )
     else:
@@ -287,6 +312,7 @@ def _add_parts(
     SUBTRACTED: tl.constexpr,
     X_GROUP: tl.constexpr,
     W_GROUP: tl.constexpr,
+    ACTIVATION: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_M: tl.constexpr,
     SPLIT_K: tl.constexpr,
@@ -320,7 +346,9 @@ def _add_parts(
         SIZE,
         IMPLIED_ZERO,
         SUBTRACTED,
+        1,
         X_GROUP,
         W_GROUP,
+        ACTIVATION,
         TMA_STORE=False,
     )

@@ -81,14 +81,14 @@ def norm_quantize(
     if x.numel():
         size, groups = x.shape[-1], scale.shape[-1]
         blocks = triton.next_power_of_2(groups), triton.next_power_of_2(size // groups)
-        early = describe(x.device).starts_early
+        device, rows = describe(x.device), x.numel() // size
         x, stride_x = rows_of(x)
         addend, stride_addend = (None, 0) if addend is None else rows_of(addend)
         direction, gain = (None if vector is None else vector.contiguous() for vector in (direction, gain))
-        _norm_quantize[(x.numel() // size,)](
+        _norm_quantize[(rows,)](
             x, addend, direction, gain, stream, codes, scale, None if symmetric else zero, sums,
             stride_x, stride_addend, groups, size // groups, eps, clip,
-            BITS=bits, GROUPS=blocks[0], GROUP=blocks[1], EARLY=early,
-            num_warps=warps_for(blocks[0] * blocks[1]), launch_pdl=early,
+            BITS=bits, GROUPS=blocks[0], GROUP=blocks[1], EARLY=device.starts_early,
+            num_warps=warps_for(blocks[0] * blocks[1], rows, device), launch_pdl=device.starts_early,
         )  # fmt: skip
     return codes, scale, zero, sums, stream

@@ -29,7 +29,15 @@ def _rope_rotate(x: Tensor, cos: Tensor, sin: Tensor, rotation: str) -> None:
     head_matrix(rotation, x.shape[-1], x.device, x.dtype)
 
 
+def _append(*args: Any) -> None:
+    x, rotation = args[3], args[7]
+    if rotation is not None:
+        head_matrix(rotation, x.shape[-1], x.device, x.dtype)
+
+
 PREPARATIONS: dict[str, Callable[..., None]] = {
+    "append": _append,
+    "append_dequantize": _append,
     "rope_rotate": _rope_rotate,
     "rotate": _rotate,
     "rotate_quantize": _rotate_quantize,

@@ -7,10 +7,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from quarot_fx.lowering.triton.device import describe
+from quarot_fx.lowering.triton.device import Device, describe
 from quarot_fx.lowering.triton.language import let_dependents_start, store_quantized, wait_for_inputs
 from quarot_fx.lowering.triton.rows import rows_of
 from quarot_fx.ops.quantize_activation import fake_operand
+
+ELEMENTS_PER_WARP = 1024
+ELEMENTS_PER_HURRIED_WARP = 256  # where each row has a multiprocessor to itself
 
 
 @triton.jit
@@ -52,16 +55,17 @@ def quantize_activation(
     if x.numel():
         size, groups = x.shape[-1], scale.shape[-1]
         blocks = triton.next_power_of_2(groups), triton.next_power_of_2(size // groups)
-        early = describe(x.device).starts_early
+        device, rows = describe(x.device), x.numel() // size
         x, stride = rows_of(x)
-        _quantize_activation[(x.numel() // size,)](
+        _quantize_activation[(rows,)](
             x, codes, scale, None if symmetric else zero, sums, stride, groups, size // groups, clip,
-            BITS=bits, GROUPS=blocks[0], GROUP=blocks[1], EARLY=early,
-            num_warps=warps_for(blocks[0] * blocks[1]), launch_pdl=early,
+            BITS=bits, GROUPS=blocks[0], GROUP=blocks[1], EARLY=device.starts_early,
+            num_warps=warps_for(blocks[0] * blocks[1], rows, device), launch_pdl=device.starts_early,
         )  # fmt: skip
     return operand
 
 
-def warps_for(elements: int) -> int:
-    """Return the warps of a program that holds so many elements in registers."""
-    return min(max(elements // 1024, 1), 16)
+def warps_for(elements: int, rows: int, device: Device) -> int:
+    """Return the warps of a program that holds so many elements, of one row in so many, in registers."""
+    each = ELEMENTS_PER_WARP if rows > device.multiprocessors else ELEMENTS_PER_HURRIED_WARP
+    return min(max(elements // each, 1), 16)

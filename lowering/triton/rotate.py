@@ -7,6 +7,7 @@ where it is float16, whose range could be too small, and not at all where it is 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -50,7 +51,7 @@ def places(
 
 
 @triton.jit
-def _between_products(values, dtype: tl.constexpr):
+def between_products(values, dtype: tl.constexpr):
     """Return what one product gave in the type that the next one takes, for activations of this dtype."""
     values = values.to(tl.float32)
     return round_to(values, tl.bfloat16) if dtype == tl.bfloat16 else values
@@ -72,10 +73,10 @@ def rotated(
     if right is not None:
         values = dot(values, right, PRECISION)
     if left is not None:
-        values = tl.reshape(_between_products(values, dtype), (A, B * C))
+        values = tl.reshape(between_products(values, dtype), (A, B * C))
         values = dot(left.to(values.dtype), values, PRECISION)
     if middle is not None:
-        values = tl.reshape(_between_products(values, dtype), (A, B, C))
+        values = tl.reshape(between_products(values, dtype), (A, B, C))
         matrix = tl.broadcast_to(middle.to(values.dtype)[None, :, :], (A, B, B))
         values = dot(matrix, values, PRECISION)
     return values
@@ -118,10 +119,10 @@ def _rotate(
         tl.store(y + at, round_to(values, dtype), mask=mask)
 
 
-def launch_parameters(cut: Split, x: Tensor, rows: int) -> dict[str, Any]:
-    """Return the constants of a kernel that rotates so many rows of x by a split."""
+def launch_parameters(cut: Split, x: Tensor, rows: int, launch: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """Return the constants of a kernel that rotates so many rows of x by a split; tables give the ``launch``."""
     device = describe(x.device)
-    launch = dict(tiles.nearest("rotate_quantize", x.device, tokens=rows, elements=cut.elements))
+    launch = dict(launch or tiles.nearest("rotate_quantize", x.device, tokens=rows, elements=cut.elements))
     if cut.shared_bytes(x.dtype, launch["num_stages"]) > device.shared_bytes:
         launch["num_stages"] = 1
     sizes = zip("ABC", cut.sizes, cut.blocks, strict=True)
@@ -139,6 +140,7 @@ def rotate(x: Tensor, rotation: str, dim: int = -1, inner: int = 1, inverse: boo
         assert cut is not None, "the provider does not support this rotation"
         rows = x.numel() // math.prod(cut.sizes)
         launch = launch_parameters(cut, x, rows)
+        launch.pop("PART", None)  # several programs a row are worth it only where its range is looked for, too
         grid = (triton.cdiv(rows, launch["ROWS"]),)
         _rotate[grid](x, *matrices(cut, x.device, x.dtype, inverse), y, rows, cut.norm, **launch)
     return y

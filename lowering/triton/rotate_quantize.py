@@ -5,20 +5,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from quarot_fx.lowering.triton.language import (
-    activate,
-    keep,
-    let_dependents_start,
-    round_to,
-    store_quantized,
-    wait_for_inputs,
-)
+from quarot_fx.lowering.triton.language import let_dependents_start, load_activated, store_quantized, wait_for_inputs
 from quarot_fx.lowering.triton.rotate import launch_parameters, load_matrix, places, rotated
+from quarot_fx.lowering.triton.rotate_quantize_parts import launch_parts
 from quarot_fx.lowering.triton.rotation_matrices import matrices, split
 from quarot_fx.lowering.triton.rows import rows_of
 from quarot_fx.ops.quantize_activation import fake_operand
@@ -66,14 +63,8 @@ def _rotate_quantize(
         group = tl.full((1,), row, tl.int32)
         is_row = group < rows  # a block, not a scalar: the interpreter would make the mask integers
         mask = in_row & is_row[:, None]
-        values = tl.load(x + row.to(tl.int64) * stride_x + place, mask=mask, other=0)
-        if gate is not None:
-            gates = tl.load(gate + row.to(tl.int64) * stride_gate + place, mask=mask, other=0).to(tl.float32)
-            values = round_to(activate(gates, ACTIVATION) * values.to(tl.float32), dtype)
-        elif ACTIVATION != "identity":
-            values = round_to(activate(values.to(tl.float32), ACTIVATION), dtype)
-        if (gate is not None or ACTIVATION != "identity") and dtype != tl.float32:
-            values = keep(values)
+        gate_at = None if gate is None else gate + row.to(tl.int64) * stride_gate + place
+        values = load_activated(x + row.to(tl.int64) * stride_x + place, gate_at, mask, ACTIVATION)
         values = rotated(values, left_matrix, middle_matrix, right_matrix, dtype, PRECISION, BLOCK_A, BLOCK_B, BLOCK_C)
         values = tl.reshape(values.to(tl.float32) * norm, (1, BLOCK_A * BLOCK_B, BLOCK_C))
         codes_at = (codes + row.to(tl.int64) * (A * B * C) + place)[None, :, :]
@@ -91,20 +82,28 @@ def rotate_quantize(
     clip: float,
     symmetric: bool,
     container: torch.dtype,
+    launch: Mapping[str, Any] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return what the op declares, for one group a row."""
+    """Return what the op declares, for one group a row; ``launch`` replaces the launch parameters that tables give."""
     operand = fake_operand(x, bits, group, clip, symmetric, container)
     codes, scale, zero, sums = operand
-    if x.numel():
-        size = x.shape[-1]
-        cut = split(Rotation.parse(rotation), size, inner)
-        assert cut is not None, "the provider does not support this rotation"
-        rows = x.numel() // size
-        launch = launch_parameters(cut, x, rows)
-        x, stride_x = rows_of(x)
-        gate, stride_gate = (None, 0) if gate is None else rows_of(gate)
-        _rotate_quantize[(triton.cdiv(rows, launch["ROWS"]),)](
-            x, gate, *matrices(cut, x.device, x.dtype), codes, scale, None if symmetric else zero, sums,
-            rows, stride_x, stride_gate, cut.norm, clip, ACTIVATION=activation, BITS=bits, **launch,
+    if x.numel() == 0:
+        return operand
+    size = x.shape[-1]
+    cut = split(Rotation.parse(rotation), size, inner)
+    assert cut is not None, "the provider does not support this rotation"
+    rows = x.numel() // size
+    parameters = launch_parameters(cut, x, rows, launch)
+    part = parameters.pop("PART", None)
+    x, stride_x = rows_of(x)
+    gate, stride_gate = (None, 0) if gate is None else rows_of(gate)
+    factors, filled = matrices(cut, x.device, x.dtype), (codes, scale, None if symmetric else zero, sums)
+    if part and cut.has_parts:
+        strides = stride_x, stride_gate
+        launch_parts(x, gate, strides, factors, filled, cut.norm, clip, activation, bits, part, parameters)
+    else:
+        _rotate_quantize[(triton.cdiv(rows, parameters["ROWS"]),)](
+            x, gate, *factors, *filled, rows, stride_x, stride_gate, cut.norm, clip,
+            ACTIVATION=activation, BITS=bits, **parameters,
         )  # fmt: skip
     return operand

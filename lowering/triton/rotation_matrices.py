@@ -52,6 +52,11 @@ class Split:
         return a, b, max(c, SMALLEST_BLOCK)
 
     @property
+    def has_parts(self) -> bool:
+        """Whether the first two axes are rotated: a row then falls into parts, each large enough for a tensor core."""
+        return bool(self.sides[0] and self.sides[1])
+
+    @property
     def elements(self) -> int:
         """Elements of the row, filled up."""
         return math.prod(self.blocks)

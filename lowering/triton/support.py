@@ -18,6 +18,8 @@ LARGEST_ROW = 65536  # elements that one program holds in registers
 FLOATS = (torch.bfloat16, torch.float16, torch.float32)
 LARGEST_HEAD = 256
 MOST_GROUP_QUERIES = 64  # of the heads that share keys and values: the rows of a program's tile
+PACKED_BITS = (2, 4, 8)  # of codes that never straddle two bytes
+WORD = 32  # bits, that a kernel reads at least
 LARGEST_INT_SUM = 2**31 // (16 * 8 * 128)  # codes whose products, with the unpacked weight's factor 16, fit int32
 
 
@@ -79,6 +81,11 @@ def _int_linear(codes: Tensor, scale: Tensor, zero: Tensor | None, *rest: Any) -
     return None
 
 
+def _gated_int_linear(*arguments: Any) -> str | None:
+    *operands, dtype, _ = arguments
+    return _int_linear(*operands, None, dtype)
+
+
 def _pack_weight(codes: Tensor, bits: int) -> str | None:
     return _reason_against_device(codes.device)
 
@@ -117,16 +124,86 @@ def _rope_rotate(x: Tensor, cos: Tensor, sin: Tensor, rotation: str) -> str | No
     return _reason_against_head(x.shape[-1])
 
 
+def _append(
+    codes: Tensor,
+    scale: Tensor,
+    zero: Tensor,
+    x: Tensor,
+    position: Tensor,
+    cos: Tensor | None,
+    sin: Tensor | None,
+    rotation: str | None,
+    bits: int,
+    group: int | None,
+    clip: float,
+) -> str | None:
+    if reason := _reason_against_device(x.device) or _reason_against_row(x):
+        return reason
+    size = x.shape[-1]
+    if any(tensor.stride(-1) != 1 for tensor in (codes, scale, zero)):
+        return "the cache has gaps in its last axis"
+    if cos is not None and rotation is None:
+        return "an embedding without a rotation after it is left to the compiler of the rest"
+    if group is not None and group != size and group & (group - 1):
+        return f"groups of {group}: the kernel takes whole heads and powers of two"
+    return _reason_against_head(size) or _reason_against_bits(bits)
+
+
+def _reason_against_bits(bits: int) -> str | None:
+    return None if bits in PACKED_BITS else f"codes of {bits} bits have no kernel; those of 2, 4 and 8 have"
+
+
 def _reason_against_head(size: int) -> str | None:
     return f"heads of {size} elements are larger than {LARGEST_HEAD}" if size > LARGEST_HEAD else None
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> str | None:
-    if reason := _reason_against_device(q.device) or _reason_against_head(max(q.shape[-1], v.shape[-1])):
+    if reason := _reason_against_attention(q, k, v.shape[-1], mask):
         return reason
-    dtypes = [tensor.dtype for tensor in (q, k, v)]
-    if q.dtype not in FLOATS or len(set(dtypes)) > 1:
-        return f"queries, keys and values are {', '.join(map(str, dtypes))}"
+    if k.dtype != q.dtype or v.dtype != q.dtype:
+        return f"queries, keys and values are {q.dtype}, {k.dtype}, {v.dtype}"
+    return None
+
+
+def _attend_packed(
+    q: Tensor,
+    k_codes: Tensor,
+    k_scale: Tensor,
+    k_zero: Tensor,
+    v_codes: Tensor,
+    v_scale: Tensor,
+    v_zero: Tensor,
+    mask: Tensor | None,
+    scale: float,
+    k_bits: int,
+    v_bits: int,
+    v_size: int,
+) -> str | None:
+    return (
+        _reason_against_attention(q, k_codes, v_size, mask)
+        or _reason_against_codes(k_bits, q.shape[-1], k_scale)
+        or _reason_against_codes(v_bits, v_size, v_scale)
+    )
+
+
+def _reason_against_codes(bits: int, size: int, scale: Tensor) -> str | None:
+    if reason := _reason_against_bits(bits):
+        return reason
+    if scale.dtype != torch.float32:
+        return f"scales are {scale.dtype}"
+    if size % (WORD // bits):
+        return f"{size} codes of {bits} bits are no whole words"
+    group = size // scale.shape[-1]
+    if group != size and (group & (group - 1) or group < 2 * WORD // bits):
+        return f"groups of {group}: the kernel takes whole heads, and powers of two from 64 bits on"
+    return None
+
+
+def _reason_against_attention(q: Tensor, k: Tensor, v_size: int, mask: Tensor | None) -> str | None:
+    if reason := _reason_against_device(q.device) or _reason_against_head(max(q.shape[-1], v_size)):
+        return reason
+    if q.dtype not in FLOATS:
+        return f"queries are {q.dtype}"
     if mask is not None and mask.dtype not in (*FLOATS, torch.bool):
         return f"the mask is {mask.dtype}"
     group = q.shape[1] // k.shape[1]
@@ -136,7 +213,11 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) 
 
 
 REASONS: dict[str, Callable[..., str | None]] = {
+    "append": _append,
+    "append_dequantize": _append,
     "attend": _attend,
+    "attend_packed": _attend_packed,
+    "gated_int_linear": _gated_int_linear,
     "int_linear": _int_linear,
     "norm_quantize": _norm_quantize,
     "pack_weight": _pack_weight,

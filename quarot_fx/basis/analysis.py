@@ -9,7 +9,7 @@ from typing import NamedTuple
 from torch import fx
 
 from quarot_fx.basis.factors import Factors
-from quarot_fx.basis.operator import Axis, Operator, Pin, Tensor, Tie
+from quarot_fx.basis.operator import Axis, Operator, Pin, Tensor, Tie, Turn
 from quarot_fx.basis.rules import rules
 from quarot_fx.graph import FROZEN, Constants, is_float
 
@@ -37,6 +37,8 @@ class Analysis:
         results: node -> its result tensors.
         uses: (user, place among its argument nodes) -> the use.
         unknown: operators that read and write floating-point tensors and have no rule.
+        turns: transforms that the graph has already, in order. Each has to be taken over, its axis rotated as it says,
+            or left, its axis pinned.
     """
 
     def __init__(self, graph: fx.Graph) -> None:
@@ -44,6 +46,7 @@ class Analysis:
         self.results: dict[fx.Node, list[Tensor]] = {}
         self.uses: dict[tuple[fx.Node, int], Tensor] = {}
         self.unknown: list[UnknownOperator] = []
+        self.turns: list[Turn] = []
         self._ties: list[Tie] = []
         self._pins: list[Pin] = []
         self._constants = Constants(graph)
@@ -127,6 +130,7 @@ class Analysis:
                 op.barrier("reads integers", [use])
         self._ties += op.ties
         self._pins += op.pins
+        self.turns += op.turns
 
     def _pass_on(self, node: fx.Node, op: Operator) -> None:
         """``getitem`` of a tuple is the tuple's tensor itself."""

@@ -54,17 +54,17 @@ class Crossing:
 
 @dataclass
 class FactorCut:
-    """The solution for one factor.
+    """The solution for one factor, or for several that are side by side and rotated as one.
 
     Attributes:
-        factor: the factor.
-        size: its number of elements, the order of its rotation.
+        factors: the factors, outermost first.
+        size: their number of elements, the order of their rotation.
         rotated: positions that are in the rotated basis.
         crossings: the transforms, of constants too.
         unmet: wants that are not rotated, with the reason.
     """
 
-    factor: int
+    factors: tuple[int, ...]
     size: int
     rotated: set[Position] = field(default_factory=set)
     crossings: list[Crossing] = field(default_factory=list)
@@ -135,7 +135,7 @@ def _solve(
             network.add_edge(merged.root(use), restore)
     _, (canonical, _) = nx.minimum_cut(network, CANONICAL, ROTATED)
 
-    cut = FactorCut(factor, size)
+    cut = FactorCut((factor,), size)
     is_rotated = lambda position: merged.root(position) not in canonical  # noqa: E731
     because = _Reasons(network, canonical, reasons)
     for result, uses in edges:

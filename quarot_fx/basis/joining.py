@@ -50,4 +50,5 @@ def _join(group: list[FactorCut]) -> FactorCut | None:
             return None
     whys = {place: crossing.why for place, crossing in crossings[0].items()}
     joined = [replace(crossing, why=whys[place]) for place, crossing in crossings[-1].items()]
-    return replace(group[-1], size=prod(cut.size for cut in group), crossings=joined)
+    parts = tuple(factor for cut in group for factor in cut.factors)
+    return replace(group[-1], factors=parts, size=prod(cut.size for cut in group), crossings=joined)

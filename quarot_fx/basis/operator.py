@@ -2,7 +2,8 @@
 
 Every tensor has axes, every axis a basis. An operator reads tensors through *uses*: on the edge between a tensor and a
 use the plan may change the basis, at a cost. A rule ties axes of uses and results that are in the same basis, and pins
-those that must be canonical. What it says nothing about may be in any basis at all.
+those that must be canonical; it turns those that a transform of the graph's own takes to another basis. What it says
+nothing about may be in any basis at all.
 """
 
 from __future__ import annotations
@@ -80,6 +81,21 @@ class Pin:
     why: str
 
 
+@dataclass(frozen=True)
+class Turn:
+    """An axis that is in the basis of a rotation that the graph names.
+
+    Attributes:
+        node: the transform of the graph's own; it returns what it reads once the axis is in that basis.
+        axis: the result's, if the transform is an inverse one, else that of the use.
+        rotation: the orthogonal matrix, by name.
+    """
+
+    node: fx.Node
+    axis: Axis
+    rotation: str
+
+
 class Operator:
     """One node, as its rule sees it."""
 
@@ -88,6 +104,7 @@ class Operator:
         self.uses: list[Tensor] = []
         self.ties: list[Tie] = []
         self.pins: list[Pin] = []
+        self.turns: list[Turn] = []
         self._factors = factors
         self._place = -1
         args, kwargs = map_aggregate((node.args, node.kwargs), self._use)
@@ -146,6 +163,10 @@ class Operator:
         """Say that axes must be canonical, and why."""
         for axis in (axes,) if isinstance(axes, Axis) else axes:
             self.pins.append(Pin(axis, f"{self.name}: {why}"))
+
+    def turn(self, axis: Axis, rotation: str) -> None:
+        """Say that the node returns what it reads where the axis is in the basis of a rotation."""
+        self.turns.append(Turn(self.node, axis, rotation))
 
     def barrier(self, why: str, tensors: Iterable[Tensor] | None = None) -> None:
         """Pin every axis of the given tensors, or of all that the operator touches."""

@@ -59,6 +59,28 @@ class Site:
 
 
 @dataclass(frozen=True)
+class Given:
+    """A transform that the graph had before, as a cache that holds rotated codes has.
+
+    Attributes:
+        node: the transform.
+        rotation, inverse: what it does.
+        where: for whom it is there, in the user's model.
+        is_identity: the plan rotates what it reads, or keeps what it returns, so that nothing is left for it to do.
+        by: what the plan rotates for that: parameters by name, tensors by ``"<node> online"``.
+        why: why it stays, if it does.
+    """
+
+    node: str
+    rotation: str
+    inverse: bool
+    where: str
+    is_identity: bool
+    by: tuple[str, ...] = ()
+    why: str = ""
+
+
+@dataclass(frozen=True)
 class RotationPlan:
     """All that the rotate pass needs, and all that a reader wants to know.
 
@@ -67,12 +89,14 @@ class RotationPlan:
         sites: what became of everything that was to be rotated.
         barriers: operators without a rule, with the number of times they occur.
         cost: online transforms together, in elements x log2(order).
+        given: what became of the transforms that the graph had before.
     """
 
     transforms: tuple[Transform, ...] = ()
     sites: tuple[Site, ...] = ()
     barriers: tuple[tuple[str, int], ...] = ()
     cost: float = 0.0
+    given: tuple[Given, ...] = ()
 
     @property
     def online(self) -> tuple[Transform, ...]:
@@ -98,6 +122,7 @@ class RotationPlan:
             sites=tuple(Site(**site) for site in data["sites"]),
             barriers=tuple((target, count) for target, count in data["barriers"]),
             cost=data["cost"],
+            given=tuple(Given(**{**given, "by": tuple(given["by"])}) for given in data["given"]),
         )
 
     def __rich__(self) -> Any:
@@ -112,16 +137,29 @@ class RotationPlan:
             table.add_row(*head, str(count), why)
         absorbed = len(self.transforms) - len(self.online)
         lines = [f"{absorbed} transforms are absorbed by weights"]
+        lines += [f"{line} ({count} times)" for line, count in Counter(map(_line, self.given)).items()]
         lines += [f"barrier: {target} has no rule ({count} times)" for target, count in self.barriers]
         return Group(table, *lines)
 
 
 def _row(transform: Transform) -> tuple[str, str, str, str]:
     shape = "[" + ", ".join(str(size) for size in transform.shape) + f"] axis {transform.dim}"
-    rotation = transform.rotation + (" transposed" if transform.inverse else "")
-    return (
-        re.sub(r"(?<=\.)\d+\b", "*", transform.where),
-        rotation,
-        shape,
-        re.sub(r"_\d+\b", "", transform.why),
-    )
+    return _of_layers(transform.where), _named(transform), shape, _of_nodes(transform.why)
+
+
+def _line(given: Given) -> str:
+    instead = ", ".join(given.by) or "its neighbours"
+    fate = f"is an identity, by {instead}" if given.is_identity else f"stays: {given.why}"
+    return _of_nodes(_of_layers(f"{_named(given)} of {given.where} {fate}"))
+
+
+def _named(transform: Transform | Given) -> str:
+    return transform.rotation + (" transposed" if transform.inverse else "")
+
+
+def _of_layers(text: str) -> str:
+    return re.sub(r"(?<=\.)\d+\b", "*", text)
+
+
+def _of_nodes(text: str) -> str:
+    return re.sub(r"_\d+\b", "", text)

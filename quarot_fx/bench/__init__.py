@@ -8,6 +8,7 @@
 ``fused``    norms, activations and transforms with quantisation, against a copy
 ``attention`` few queries to a cache, against PyTorch's kernels
 ``hadamard`` what an online transform adds to a product
+``gated``    what it saves that a product gates its own halves
 ``models``   decoder layers and whole models: prefill, decode, memory
 ``record``   what was measured, to JSON and back; ``tables`` and ``plot`` show it
 ``tune``     a search for launch parameters, which makes the tables that ``lowering/triton`` ships

@@ -11,6 +11,8 @@ from torch import Tensor
 from quarot_fx.bench.matmul import SCHEME
 from quarot_fx.bench.record import FusedTime
 from quarot_fx.bench.timing import copies, microseconds
+from quarot_fx.lowering.triton.append import append
+from quarot_fx.lowering.triton.append_dequantize import append_dequantize
 from quarot_fx.lowering.triton.norm_quantize import norm_quantize
 from quarot_fx.lowering.triton.quantize_activation import quantize_activation
 from quarot_fx.lowering.triton.rope_rotate import rope_rotate
@@ -35,10 +37,10 @@ def measure_fused(widths: Sequence[int], rows: Sequence[int]) -> Iterator[FusedT
                 yield FusedTime(name, count, width, time, rate / 1e3, rate / copy)
 
 
-def _kernels(width: int, rows: int) -> dict[str, tuple[Callable[[Tensor], Any], int]]:
+def _kernels(width: int, rows: int) -> dict[str, tuple[Callable[[Tensor], Any], float]]:
     """Return kernels of a pair of activations, with the bytes that each must move for an element."""
     whole = f"hadamard-{width}"
-    kernels: dict[str, tuple[Callable[[Tensor], Any], int]] = {
+    kernels: dict[str, tuple[Callable[[Tensor], Any], float]] = {
         "quantise": (lambda pair: quantize_activation(pair[0], *SCHEME), 3),
         "norm, quantise": (lambda pair: norm_quantize(pair[0], None, None, None, 1e-5, *SCHEME), 3),
         "add, norm, quantise": (lambda pair: norm_quantize(pair[0], pair[1], None, None, 1e-5, *SCHEME), 7),
@@ -46,17 +48,43 @@ def _kernels(width: int, rows: int) -> dict[str, tuple[Callable[[Tensor], Any], 
             lambda pair: rotate_quantize(pair[0], pair[1], "silu", whole, 1, *SCHEME),
             5,
         ),
+        "Hadamard, quantise": (lambda pair: rotate_quantize(pair[0], None, "identity", whole, 1, *SCHEME), 3),
     }
     if width not in HIDDEN_WIDTHS:
         return kernels
     heads = width // HEAD
     angles = torch.rand(1, rows, HEAD, device="cuda", dtype=torch.bfloat16)
 
+    rotation = f"hadamard-{HEAD}"
+    cache = (
+        torch.empty(1, heads, rows, HEAD // 2, device="cuda", dtype=torch.uint8),
+        torch.empty(1, heads, rows, 1, device="cuda"),
+        torch.empty(1, heads, rows, 1, device="cuda", dtype=torch.uint8),
+    )
+    position, stored = torch.arange(rows, device="cuda"), sum(tensor.nbytes for tensor in cache) / (rows * width)
+
+    def by_head(pair: Tensor) -> Tensor:
+        return pair[0].view(1, rows, heads, HEAD).transpose(1, 2)
+
     def rope(pair: Tensor) -> Tensor:
-        x = pair[0].view(1, rows, heads, HEAD).transpose(1, 2)
-        return rope_rotate(x, angles, angles, f"hadamard-{HEAD}")
+        return rope_rotate(by_head(pair), angles, angles, rotation)
+
+    def keys(pair: Tensor) -> None:
+        append(*cache, by_head(pair), position, angles, angles, rotation, 4, None, 0.95)
+
+    def values(pair: Tensor) -> None:
+        append(*cache, by_head(pair), position, None, None, None, 4, None, 0.95)
+
+    def values_of_prompt(pair: Tensor) -> Tensor:
+        return append_dequantize(*cache, by_head(pair), position, None, None, None, 4, None, 0.95)
 
     def across_heads(pair: Tensor) -> Any:
         return rotate_quantize(pair[0], None, "identity", f"hadamard-{heads}", HEAD, *SCHEME)
 
-    return kernels | {"Hadamard across heads, quantise": (across_heads, 3), "RoPE, Hadamard": (rope, 4)}
+    return kernels | {
+        "Hadamard across heads, quantise": (across_heads, 3),
+        "RoPE, Hadamard": (rope, 4),
+        "RoPE, Hadamard, quantise, append": (keys, 2 + stored),
+        "quantise, append": (values, 2 + stored),
+        "quantise, append, dequantise": (values_of_prompt, 4 + stored),
+    }

@@ -30,11 +30,14 @@ class Quantized:
         """Return the operand that x becomes under the default options."""
         return quantize_activation(x, *SCHEME)
 
-    def multiply(self, operand: tuple[Tensor, ...], weight: Tensor, launch: Launch | None = None) -> Tensor:
-        """Return the product, in bfloat16."""
+    def multiply(
+        self, operand: tuple[Tensor, ...], weight: Tensor, launch: Launch | None = None, activation: str | None = None
+    ) -> Tensor:
+        """Return the product, in bfloat16; with an activation, half of it gated by the other half."""
         codes, scale, _, sums = operand
         weights = (weight, self.scale, None, None, 4)
-        return int_linear(codes, scale, None, sums, *weights, None, None, torch.bfloat16, launch=launch)
+        product = (codes, scale, None, sums, *weights, None, None, torch.bfloat16)
+        return int_linear(*product, launch=launch, activation=activation)
 
 
 def measure_matmuls(shapes: Sequence[tuple[int, int]], tokens: Sequence[int]) -> Iterator[MatmulTime]:

@@ -24,6 +24,7 @@ from quarot_fx.bench.shapes import DecoderShape
 from quarot_fx.bench.timing import STEPS, WARM_UPS, milliseconds
 
 PHASES = ("prefill", "decode")
+BFLOAT16 = 16  # bits
 TOKENS = 2048
 MODE = "reduce-overhead"  # CUDA graphs
 FEW_LAYERS, MORE_LAYERS = 1, 3  # whose difference is a layer's
@@ -38,13 +39,17 @@ class Workload:
     """What is run.
 
     Attributes:
-        tokens: that prefill takes at once, and that the cache holds when decode starts.
+        tokens: of a sequence that prefill takes at once, and that the cache holds when decode starts.
+        sequences: that run together.
+        cache_bits: of the keys and values in the cache that decode reads; 16 is a ``StaticCache`` in bfloat16.
         phases: of ``PHASES``, those to run.
         device: where.
         clock: of a step, in milliseconds.
     """
 
     tokens: int = TOKENS
+    sequences: int = 1
+    cache_bits: int = BFLOAT16
     phases: tuple[str, ...] = PHASES
     device: str = "cuda"
     clock: Callable[[Callable[[], object]], float] = milliseconds
@@ -88,7 +93,7 @@ def one_layer(few: ModelTime, more: ModelTime) -> ModelTime:
     # Memory is no such difference: a CUDA graph's pool has what the larger tensors of either model need.
     return replace(
         more, layers=1, milliseconds=milliseconds, compile_seconds=None, weight_bytes=None, peak_bytes=None,
-        compile_peak_bytes=None,
+        compile_peak_bytes=None, cache_bytes=None,
     )  # fmt: skip
 
 
@@ -97,7 +102,10 @@ def measure_model(
 ) -> Iterator[ModelTime]:
     """Measure each phase of a model of so many layers. What cannot be measured gives a row with the reason."""
     for phase in workload.phases:
-        yield _measure_phase(ModelTime(name, layers, backend, phase, workload.tokens), shape, compile_model, workload)
+        blank = ModelTime(
+            name, layers, backend, phase, workload.tokens, sequences=workload.sequences, cache_bits=workload.cache_bits
+        )
+        yield _measure_phase(blank, shape, compile_model, workload)
 
 
 def _measure_phase(blank: ModelTime, shape: DecoderShape, compile_model: Compile, workload: Workload) -> ModelTime:
@@ -150,6 +158,7 @@ def _measured(blank: ModelTime, shape: DecoderShape, compile_model: Compile, wor
         graphs=counters["stats"]["unique_graphs"],
         cudagraph_skips=counters["inductor"]["cudagraph_skips"],
         weight_bytes=None if held is None else held - cache_bytes,
+        cache_bytes=cache_bytes,
         peak_bytes=memory.peak(),
         compile_peak_bytes=compile_peak,
     )
@@ -157,26 +166,50 @@ def _measured(blank: ModelTime, shape: DecoderShape, compile_model: Compile, wor
 
 def _arguments(phase: str, model: Any, workload: Workload) -> tuple[dict[str, Any], int]:
     """Return what the model is called with, and the bytes of the cache among it."""
-    ids = torch.randint(model.config.vocab_size, (1, workload.tokens), device=workload.device)
+    tokens = workload.tokens if phase == "prefill" else 1
+    ids = torch.randint(model.config.vocab_size, (workload.sequences, tokens), device=workload.device)
     if phase == "prefill":
         return {"input_ids": ids, "use_cache": False}, 0
-    cache = random_cache(model.config, workload)
-    cache_bytes = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
-    return {"input_ids": ids[:, :1].clone(), "past_key_values": cache}, cache_bytes
+    cache, cache_bytes = random_cache(model.config, workload)
+    return {"input_ids": ids, "past_key_values": cache}, cache_bytes
 
 
-def random_cache(config: Any, workload: Workload) -> Any:
-    """Return a static cache in bfloat16 with random keys and values of so many tokens."""
+def random_cache(config: Any, workload: Workload) -> tuple[Any, int]:
+    """Return a static cache with random keys and values of so many tokens, and their bytes."""
     from transformers import StaticCache
 
-    cache: Any = StaticCache(config=config, max_cache_len=_cache_length(workload))
-    head = config.hidden_size // config.num_attention_heads
-    cache.early_initialization(1, config.num_key_value_heads, head, torch.bfloat16, torch.device(workload.device))
+    from quarot_fx.cache.quarot_cache import QuarotCache
+
+    length, head = _cache_length(workload), config.hidden_size // config.num_attention_heads
+    is_packed = workload.cache_bits != BFLOAT16
+    cache: Any = (
+        QuarotCache(config, length, kv_bits=workload.cache_bits)
+        if is_packed
+        else StaticCache(config=config, max_cache_len=length)
+    )
+    cache.early_initialization(
+        workload.sequences, config.num_key_value_heads, head, torch.bfloat16, torch.device(workload.device)
+    )
     for layer in cache.layers:
-        layer.keys.normal_()
-        layer.values.normal_()
-        layer.cumulative_length.fill_(workload.tokens)
-    return cache
+        (_fill_packed if is_packed else _fill)(layer, workload.tokens)
+    return cache, cache.nbytes if is_packed else sum(one.keys.nbytes + one.values.nbytes for one in cache.layers)
+
+
+def _fill(layer: Any, tokens: int) -> None:
+    layer.keys.normal_()
+    layer.values.normal_()
+    layer.cumulative_length.fill_(tokens)
+
+
+def _fill_packed(layer: Any, tokens: int) -> None:
+    """Fill a layer with codes of numbers about as large as normal ones."""
+    for packed in layer.packed:
+        codes, scale, zero = packed.parts
+        codes.random_(256)
+        scale.uniform_(0.3, 0.5)
+        zero.random_(6, 10)
+    layer.length.fill_(tokens)
+    layer.is_empty = False
 
 
 @contextmanager

@@ -80,15 +80,16 @@ def _models(record: Record) -> Iterator[Panel]:
 
 
 def _draw_bars(axes: Any, times: Sequence[ModelTime]) -> None:
-    models = list(dict.fromkeys(f"{time.model}\n{time.tokens} tokens" for time in times))
-    backends = list(dict.fromkeys(time.backend for time in times))
-    width = 0.8 / len(backends)
-    for index, backend in enumerate(backends):
-        of_backend = [time for time in times if time.backend == backend]
-        places = [models.index(f"{time.model}\n{time.tokens} tokens") + index * width for time in of_backend]
-        bars = axes.bar(places, [time.milliseconds for time in of_backend], width, label=backend)
+    work = list(dict.fromkeys(time.work for time in times))
+    ways = list(dict.fromkeys(time.way for time in times))
+    width = 0.8 / len(ways)
+    for index, way in enumerate(ways):
+        done_so = [time for time in times if time.way == way]
+        places = [work.index(time.work) + index * width for time in done_so]
+        bars = axes.bar(places, [time.milliseconds for time in done_so], width, label=way)
         axes.bar_label(bars, fmt="%.3g", fontsize="x-small")
-    centre = width * (len(backends) - 1) / 2
-    axes.set_xticks([place + centre for place in range(len(models))], models, fontsize="small")
+    centre = width * (len(ways) - 1) / 2
+    names = [f"{model}\n{sequences} x {tokens} tokens" for model, _, sequences, tokens in work]
+    axes.set_xticks([place + centre for place in range(len(names))], names, fontsize="small")
     axes.set_ylabel("ms")
     axes.legend(fontsize="x-small")

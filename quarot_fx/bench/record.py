@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -88,8 +88,9 @@ class AttentionTime:
         attended: the first so many of them, by a mask; ``None`` is all of them without a mask.
         microseconds: of one call.
         gigabytes_per_second: of the bytes of keys and values that are attended to.
-        pytorch: microseconds of the fastest of PyTorch's kernels, or ``None`` where none takes this.
+        pytorch: microseconds of the fastest of PyTorch's kernels in bfloat16, or ``None`` where none takes this.
         backend: which one that is.
+        bits: of an element of keys and values; 16 are bfloat16.
     """
 
     batch: int
@@ -99,6 +100,7 @@ class AttentionTime:
     gigabytes_per_second: float
     pytorch: float | None = None
     backend: str | None = None
+    bits: int = 16
 
     @property
     def speedup(self) -> float | None:
@@ -133,6 +135,36 @@ class HadamardTime:
 
 
 @dataclass(frozen=True)
+class GatedTime:
+    """What gating in the epilogue of a product saves: times in microseconds.
+
+    Attributes:
+        rows: of gate and up together.
+        product: gate and up.
+        quantize: silu x gate, Hadamard, quantise.
+        separate: both, one after the other.
+        gated_product: silu x gate, from one kernel.
+        gated_quantize: Hadamard, quantise.
+        gated: both, one after the other.
+    """
+
+    rows: int
+    columns: int
+    tokens: int
+    product: float
+    quantize: float
+    separate: float
+    gated_product: float
+    gated_quantize: float
+    gated: float
+
+    @property
+    def speedup(self) -> float:
+        """How many times faster the whole is when it is gated in the epilogue."""
+        return self.separate / self.gated
+
+
+@dataclass(frozen=True)
 class ModelTime:
     """Time and memory of a model with random weights, or of one of its decoder layers, in one phase.
 
@@ -141,14 +173,18 @@ class ModelTime:
         layers: how many decoder layers.
         backend: what compiled it.
         phase: ``"prefill"``: ``tokens`` at once, without a cache. ``"decode"``: one token after ``tokens`` in a cache.
+        tokens: of each sequence.
         milliseconds: of one call, or ``None`` for the reason that there is none.
         compile_seconds: the first call, which compiles.
         graphs: that were compiled for it.
         cudagraph_skips: times that Inductor declined to make a CUDA graph.
         weight_bytes: held between calls, without the cache.
+        cache_bytes: of keys and values.
         peak_bytes: allocated at once while it runs.
         compile_peak_bytes: allocated at once while it compiles.
         reason: why there is no time.
+        sequences: that run together.
+        cache_bits: of keys and values in the cache.
     """
 
     model: str
@@ -164,6 +200,19 @@ class ModelTime:
     peak_bytes: int | None = None
     compile_peak_bytes: int | None = None
     reason: str | None = None
+    sequences: int = 1
+    cache_bits: int = 16
+    cache_bytes: int | None = None
+
+    @property
+    def work(self) -> tuple[str, str, int, int]:
+        """What is compared: model, phase, sequences and tokens."""
+        return self.model, self.phase, self.sequences, self.tokens
+
+    @property
+    def way(self) -> str:
+        """How it was done: by which backend, and with which cache."""
+        return self.backend if self.cache_bits == 16 else f"{self.backend}, {self.cache_bits}-bit cache"
 
 
 @dataclass
@@ -172,7 +221,7 @@ class Record:
 
     Attributes:
         environment: the command, versions and the device.
-        matmul, peers, fused, attention, hadamard, layers, models: rows.
+        matmul, peers, fused, attention, hadamard, gated, layers, models: rows.
     """
 
     environment: Mapping[str, Any]
@@ -181,6 +230,7 @@ class Record:
     fused: list[FusedTime] = field(default_factory=list)
     attention: list[AttentionTime] = field(default_factory=list)
     hadamard: list[HadamardTime] = field(default_factory=list)
+    gated: list[GatedTime] = field(default_factory=list)
     layers: list[ModelTime] = field(default_factory=list)
     models: list[ModelTime] = field(default_factory=list)
 
@@ -214,6 +264,7 @@ KINDS: dict[str, type[Any]] = {
     "fused": FusedTime,
     "attention": AttentionTime,
     "hadamard": HadamardTime,
+    "gated": GatedTime,
     "layers": ModelTime,
     "models": ModelTime,
 }
@@ -225,4 +276,5 @@ def _with_properties(row: Any) -> dict[str, Any]:
 
 
 def _of(kind: type[Any], row: Mapping[str, Any]) -> Any:
-    return kind(**{f.name: row[f.name] for f in fields(kind)})
+    """Return a row; what was added to its kind after it was written is as before that."""
+    return kind(**{f.name: row[f.name] for f in fields(kind) if f.name in row or f.default is MISSING})

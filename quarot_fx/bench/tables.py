@@ -8,7 +8,16 @@ from rich.console import RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from quarot_fx.bench.record import AttentionTime, FusedTime, HadamardTime, MatmulTime, ModelTime, PeerTime, Record
+from quarot_fx.bench.record import (
+    AttentionTime,
+    FusedTime,
+    GatedTime,
+    HadamardTime,
+    MatmulTime,
+    ModelTime,
+    PeerTime,
+    Record,
+)
 
 
 def tables(record: Record) -> Iterator[RenderableType]:
@@ -24,10 +33,12 @@ def tables(record: Record) -> Iterator[RenderableType]:
         yield _attention_table(record.attention)
     if record.hadamard:
         yield _hadamard_table(record.hadamard)
+    if record.gated:
+        yield _gated_table(record.gated)
     for title, times in (("one decoder layer", record.layers), ("models with random weights", record.models)):
         if times:
             yield _model_table(title, times)
-            yield from _reasons((f"{time.model} {time.phase}, {time.backend}", time.reason) for time in times)
+            yield from _reasons((f"{time.model} {time.phase}, {time.way}", time.reason) for time in times)
 
 
 def _table(title: str, names: Sequence[str], numbers: Sequence[str]) -> Table:
@@ -74,13 +85,13 @@ def _fused_table(times: Sequence[FusedTime]) -> Table:
 
 
 def _attention_table(times: Sequence[AttentionTime]) -> Table:
-    numbers = ("sequences", "keys", "attended to", "PyTorch µs", "µs", "GB/s", "speed-up")
+    numbers = ("bits", "sequences", "keys", "attended to", "PyTorch µs", "µs", "GB/s", "speed-up")
     table = _table("attention of one query a sequence, by the bytes of keys and values", ("PyTorch's kernel",), numbers)
     for t in times:
         attended = "no mask" if t.attended is None else str(t.attended)
         pytorch, speedup = ("-", "-") if t.speedup is None else (f"{t.pytorch:.1f}", f"{t.speedup:.2f}x")
         rates = (pytorch, f"{t.microseconds:.1f}", f"{t.gigabytes_per_second:.0f}", speedup)
-        table.add_row(t.backend or "none takes this", str(t.batch), str(t.keys), attended, *rates)
+        table.add_row(t.backend or "none takes this", str(t.bits), str(t.batch), str(t.keys), attended, *rates)
     return table
 
 
@@ -95,30 +106,51 @@ def _hadamard_table(times: Sequence[HadamardTime]) -> Table:
     return table
 
 
+def _gated_table(times: Sequence[GatedTime]) -> Table:
+    numbers = ("tokens", "gate, up µs", "to codes µs", "both µs", "gated µs", "to codes µs", "both µs", "speed-up")
+    title = "W4A4 product of gate and up, silu x gate, Hadamard, quantise: gated in the product's epilogue or after it"
+    table = _table(title, ("rows x columns",), numbers)
+    for t in times:
+        columns = (t.product, t.quantize, t.separate, t.gated_product, t.gated_quantize, t.gated)
+        microseconds = (f"{value:.1f}" for value in columns)
+        table.add_row(f"{t.rows} x {t.columns}", str(t.tokens), *microseconds, f"{t.speedup:.2f}x")
+    return table
+
+
 def _model_table(title: str, times: Sequence[ModelTime]) -> Table:
-    numbers = ("ms", "speed-up", "weights", "peak", "compiled in", "at a peak of", "graphs", "without CUDA graph")
+    numbers = (
+        "ms",
+        "speed-up",
+        "weights",
+        "cache",
+        "peak",
+        "compiled in",
+        "at a peak of",
+        "graphs",
+        "without CUDA graph",
+    )
     table = _table(title, ("model", "phase", "by"), numbers)
     found = speedups(times)
     for t in times:
-        phase = f"{t.phase} {t.tokens}"
+        phase = f"{t.phase} {t.sequences} x {t.tokens}"
         if t.milliseconds is None:
-            table.add_row(t.model, phase, t.backend, *("-" for _ in numbers))
+            table.add_row(t.model, phase, t.way, *("-" for _ in numbers))
             continue
-        speedup = found.get((t.model, t.phase, t.tokens, t.backend))
+        speedup = found.get((*t.work, t.way))
         compiled_in = f"{t.compile_seconds:.0f} s" if t.compile_seconds else "-"
         table.add_row(
-            t.model, phase, t.backend, f"{t.milliseconds:.2f}", f"{speedup:.2f}x" if speedup else "-",
-            _gibibytes(t.weight_bytes), _gibibytes(t.peak_bytes), compiled_in,
+            t.model, phase, t.way, f"{t.milliseconds:.2f}", f"{speedup:.2f}x" if speedup else "-",
+            _gibibytes(t.weight_bytes), _gibibytes(t.cache_bytes), _gibibytes(t.peak_bytes), compiled_in,
             _gibibytes(t.compile_peak_bytes), str(t.graphs), str(t.cudagraph_skips),
         )  # fmt: skip
     return table
 
 
-def speedups(times: Iterable[ModelTime], baseline: str = "bfloat16") -> dict[tuple[str, str, int, str], float]:
-    """Return how many times faster than the baseline each is, by model, phase, tokens and backend."""
-    measured = {(t.model, t.phase, t.tokens, t.backend): t.milliseconds for t in times if t.milliseconds}
-    slow = {key[:3]: milliseconds for key, milliseconds in measured.items() if key[3] == baseline}
-    return {key: slow[key[:3]] / milliseconds for key, milliseconds in measured.items() if key[:3] in slow}
+def speedups(times: Iterable[ModelTime], baseline: str = "bfloat16") -> dict[tuple[str, str, int, int, str], float]:
+    """Return how many times faster than the baseline each is, by what was done and how."""
+    measured = {(t.work, t.way): t.milliseconds for t in times if t.milliseconds}
+    slow = {work: milliseconds for (work, way), milliseconds in measured.items() if way == baseline}
+    return {(*work, way): slow[work] / time for (work, way), time in measured.items() if work in slow}
 
 
 def _gibibytes(count: int | None) -> str:

@@ -1,4 +1,4 @@
-"""A search for launch parameters of the matrix products: the fastest for each shape, quantisation included."""
+"""A search for launch parameters: of matrix products, quantisation included, and of attention of few queries."""
 
 from __future__ import annotations
 
@@ -6,27 +6,33 @@ import itertools
 import multiprocessing
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from functools import partial
 from typing import Any
 
 import torch
 
+from quarot_fx.bench.attention import BITS, CACHES, HEAD, HEADS, attend_cache, random_caches
 from quarot_fx.bench.matmul import Quantized
 from quarot_fx.bench.timing import microseconds
 from quarot_fx.lowering.triton.int_linear import MOST_GEMV_TOKENS
+from quarot_fx.lowering.triton.rotation_matrices import SMALLEST_BLOCK
 
 TOKENS = (1, 2, 16, 32, 64, 128, 256, 512, 2048)
 COMPILERS = 12  # processes
+PROGRAMS = (1, 2, 3, 4)  # of attention, on a multiprocessor
+SHOWN = 5  # candidates
 Candidate = dict[str, Any]
+Table = dict[str, list[dict[str, Any]]]
 
 
-def tune(shapes: Sequence[tuple[int, int]], tokens: Sequence[int] = TOKENS) -> dict[str, list[dict[str, Any]]]:
+def tune_matmul(shapes: Sequence[tuple[int, int]], tokens: Sequence[int] = TOKENS) -> Table:
     """Return a table for ``lowering/triton/tables`` with the fastest candidate for each shape and number of tokens."""
     jobs = {(columns, m): candidates(m) for (_, columns), m in itertools.product(shapes, tokens)}
     with ProcessPoolExecutor(COMPILERS, mp_context=multiprocessing.get_context("spawn")) as pool:
         works = dict(
             zip(jobs, pool.map(_compilable, *zip(*((*job, c) for job, c in jobs.items()), strict=True)), strict=True)
         )
-    table: dict[str, list[dict[str, Any]]] = {"int_gemv": [], "int_matmul": []}
+    table: Table = {"int_gemv": [], "int_matmul": []}
     for rows, columns in shapes:
         layer = Quantized(rows, columns)
         for m in tokens:
@@ -96,3 +102,60 @@ def _compilable(columns: int, tokens: int, tried: list[Candidate]) -> list[Candi
 
 def _time(layer: Quantized, x: torch.Tensor, launch: Candidate) -> float:
     return microseconds(lambda weight: layer.multiply(layer.quantize(x), weight, launch), layer.weights)
+
+
+# -- attention -------------------------------------------------------------------------------------
+
+
+def tune_attention(caches: Sequence[tuple[int, int]] = CACHES, bits: Sequence[int] = BITS) -> Table:
+    """Return a table with the candidate for each number of bits that is closest to the best of all caches, in the mean.
+
+    The next ones are printed: a table may want others for reasons that times do not show.
+    """
+    tried = [(count, launch) for count in bits for launch in _attention_candidates(count)]
+    with ProcessPoolExecutor(COMPILERS, mp_context=multiprocessing.get_context("spawn")) as pool:
+        works = [job for job, fits in zip(tried, pool.map(_attends, *zip(*tried, strict=True)), strict=True) if fits]
+    table: Table = {"attend": [], "attend_packed": []}
+    for count in bits:
+        launches = [
+            launch | {"PROGRAMS": programs}
+            for (found, launch), programs in itertools.product(works, PROGRAMS)
+            if found == count
+        ]
+        columns = [_attention_times(batch, keys, count, launches) for batch, keys in caches]
+        ratios = [[time / min(column) for time in column] for column in columns]
+        means = [sum(row) / len(row) for row in zip(*ratios, strict=True)]
+        for index in sorted(range(len(launches)), key=means.__getitem__)[:SHOWN]:
+            shown = ", ".join(f"{column[index]:.1f}" for column in columns)
+            print(f"{count} bits: {launches[index]} takes {shown} us, {means[index]:.3f} of the best")
+        launch = launches[min(range(len(launches)), key=means.__getitem__)]
+        entry = {"queries": SMALLEST_BLOCK, "row_bytes": HEAD * count // 8, "launch": launch}
+        table["attend" if count == 16 else "attend_packed"].append(entry)
+    return table
+
+
+def _attention_candidates(bits: int) -> Iterator[Candidate]:
+    """Yield launch parameters without the number of programs, for which nothing is compiled anew."""
+    stages = (2, 3) if bits == 16 else (2, 3, 4)
+    registers = (None,) if bits == 16 else (None, 128)
+    for (keys, warps), count, limit in itertools.product(((64, 4), (128, 8)), stages, registers):
+        limits = {} if limit is None else {"maxnreg": limit}
+        yield {"KEYS": keys, "num_warps": warps, "num_stages": count, **limits}
+
+
+def _attends(bits: int, launch: Candidate) -> bool:
+    """Compile a candidate, into Triton's cache, and return whether the device has room for it."""
+    from triton.runtime.errors import OutOfResources
+
+    try:
+        _attention_times(1, 2048, bits, [launch | {"PROGRAMS": 1}])
+    except OutOfResources:
+        return False
+    return True
+
+
+def _attention_times(batch: int, keys: int, bits: int, launches: Sequence[Candidate]) -> list[float]:
+    q = torch.randn(batch, HEADS, 1, HEAD, device="cuda", dtype=torch.bfloat16)
+    mask = (torch.arange(keys, device="cuda") < keys).expand(batch, 1, 1, keys)
+    caches = random_caches(batch, keys, bits)
+    return [microseconds(partial(attend_cache, q, mask, bits, launch=launch), caches) for launch in launches]

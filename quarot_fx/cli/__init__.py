@@ -1,4 +1,4 @@
-"""The command line: ``quarot-fx bench``, ``quarot-fx demo``, ``quarot-fx eval`` and ``quarot-fx explain``.
+"""The command line: ``quarot-fx bench``, ``demo``, ``eval``, ``explain``, ``plot`` and ``quantize``.
 
 Commands import torch and transformers only when they run, so that ``quarot-fx --help`` answers at once.
 """
@@ -15,6 +15,8 @@ from quarot_fx.cli.bench import bench
 from quarot_fx.cli.demo import demo
 from quarot_fx.cli.eval import evaluate
 from quarot_fx.cli.explain import explain
+from quarot_fx.cli.plot import plot
+from quarot_fx.cli.quantize import quantize
 from quarot_fx.errors import QuarotError
 
 
@@ -41,3 +43,5 @@ app.command("bench")(bench)
 app.command("demo")(demo)
 app.command("eval")(evaluate)
 app.command("explain")(explain)
+app.command("plot")(plot)
+app.command("quantize")(quantize)

@@ -8,6 +8,7 @@ import shlex
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from quarot_fx.bench.record import Record
     from quarot_fx.bench.shapes import DecoderShape
 
+TUNED = ("matmul", "attention")
 FUSED_ROWS = (1, 16, 2048, 16384)
 T = TypeVar("T")
 Rows = Iterator[tuple[str, Any]]  # with the name of the list in the record that each belongs to
@@ -37,13 +39,15 @@ class Choice:
     peers: list[str] | None
     models: list[str] | None
     phases: list[str] | None
+    sequences: list[int] | None
+    cache_bits: list[int] | None
     options: dict[str, Any]
 
 
 def bench(
     parts: Annotated[
         list[str] | None,
-        typer.Argument(help="Any of matmul, fused, attention, hadamard, layers, models; all if none is named."),
+        typer.Argument(help="Any of matmul, fused, attention, hadamard, gated, layers, models; all if none is named."),
     ] = None,
     tokens: Annotated[str | None, typer.Option(help="Numbers separated by commas, instead of those of a part.")] = None,
     shapes: Annotated[str | None, typer.Option(help="ROWSxCOLUMNS, separated by commas, of weights.")] = None,
@@ -52,6 +56,12 @@ def bench(
     ] = None,
     models: Annotated[str | None, typer.Option(help="Whose shape layers and models have, separated by commas.")] = None,
     phases: Annotated[str | None, typer.Option(help="Of layers and models: prefill, decode or both.")] = None,
+    sequences: Annotated[
+        str | None, typer.Option(help="Of layers and models: how many run together, separated by commas.")
+    ] = None,
+    cache_bits: Annotated[
+        str | None, typer.Option(help="Of the cache in decode, separated by commas; 16 is an ordinary one.")
+    ] = None,
     option: OptionAssignments = None,
     tune: Annotated[Path | None, typer.Option(help="Search for launch parameters, and write them here.")] = None,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write the numbers here, one by one.")] = None,
@@ -63,19 +73,21 @@ def bench(
     from quarot_fx.bench.tables import tables
 
     choice = Choice(
-        tokens=_list(tokens, _parse_tokens),
+        tokens=_list(tokens, partial(_parse_count, "tokens")),
         shapes=_list(shapes, _parse_shape),
         peers=_list(peers, str),
         models=_list(models, str),
         phases=_list(phases, str),
+        sequences=_list(sequences, partial(_parse_count, "sequences")),
+        cache_bits=_list(cache_bits, partial(_parse_count, "cache_bits")),
         options=parse_options(option or ()),
     )
     for part in parts or ():
         if part not in PARTS:
             raise UnknownOptionError("part", part, PARTS)
     if tune:
-        _refuse(parts, json_file, from_file, plot_file, name="tune", value=tune)
-        tune.write_text(_tuned(choice), encoding="utf-8")
+        _refuse(json_file, from_file, plot_file, name="tune", value=tune)
+        tune.write_text(_tuned(choice, parts or TUNED), encoding="utf-8")
         return
     plot = _plotter(plot_file)
     if from_file:
@@ -159,6 +171,13 @@ def _hadamard(choice: Choice) -> Rows:
     yield from (("hadamard", time) for time in times)
 
 
+def _gated(choice: Choice) -> Rows:
+    from quarot_fx.bench.gated import SHAPES, TOKENS, measure_gated
+
+    times = measure_gated(choice.shapes or SHAPES, choice.tokens or TOKENS)
+    yield from (("gated", time) for time in times)
+
+
 def _layers(choice: Choice) -> Rows:
     from quarot_fx.bench.models import measure_layers
 
@@ -176,7 +195,7 @@ def _decoders(
     measure: Callable[[dict[str, DecoderShape], dict[str, Compile], Workload], Iterator[Any]],
     choice: Choice,
 ) -> Rows:
-    from quarot_fx.bench.models import PHASES, TOKENS, Workload, compilers
+    from quarot_fx.bench.models import BFLOAT16, PHASES, TOKENS, Workload, compilers
     from quarot_fx.bench.shapes import MODELS
     from quarot_fx.extras import import_extra
 
@@ -189,9 +208,17 @@ def _decoders(
         if model not in MODELS:
             raise UnknownOptionError("model", model, MODELS)
     shapes = {model: MODELS[model] for model in choice.models or MODELS}
-    workloads = [Workload(tokens, tuple(phases)) for tokens in choice.tokens or (TOKENS,)]
     compile_by = compilers(choice.options)
-    return ((name, time) for workload in workloads for time in measure(shapes, compile_by, workload))
+
+    def rows() -> Rows:
+        for sequences, tokens in itertools.product(choice.sequences or (1,), choice.tokens or (TOKENS,)):
+            for bits in choice.cache_bits or (BFLOAT16,):
+                workload = Workload(tokens, sequences, bits, tuple(phases))
+                # Only what quarot compiles makes use of codes: other backends would decode all of them at each step.
+                chosen = compile_by if bits == BFLOAT16 else {"quarot": compile_by["quarot"]}
+                yield from ((name, time) for time in measure(shapes, chosen, workload))
+
+    return rows()
 
 
 PARTS: dict[str, Callable[[Choice], Rows]] = {
@@ -199,6 +226,7 @@ PARTS: dict[str, Callable[[Choice], Rows]] = {
     "fused": _fused,
     "attention": _attention,
     "hadamard": _hadamard,
+    "gated": _gated,
     "layers": _layers,
     "models": _models,
 }
@@ -219,9 +247,9 @@ def _list(text: str | None, parse: Callable[[str], T]) -> list[T] | None:
     return None if text is None else [parse(item.strip()) for item in text.split(",") if item.strip()]
 
 
-def _parse_tokens(text: str) -> int:
+def _parse_count(name: str, text: str) -> int:
     if not text.isdecimal() or not int(text):
-        raise OptionError(name="tokens", value=text, reason="is not a number of tokens, 1 or more")
+        raise OptionError(name=name, value=text, reason="is not a number, 1 or more")
     return int(text)
 
 
@@ -248,16 +276,23 @@ def _plotter(path: Path | None) -> Callable[[Record], None]:
 # -- tuning ----------------------------------------------------------------------------------------
 
 
-def _tuned(choice: Choice) -> str:
+def _tuned(choice: Choice, parts: Sequence[str]) -> str:
     """Search, and return a table of launch parameters, one entry a line, for GPUs with this one's memory or more."""
     import torch
 
     from quarot_fx.bench.shapes import distinct_shapes
-    from quarot_fx.bench.tune import TOKENS, tune
+    from quarot_fx.bench.tune import TOKENS, tune_attention, tune_matmul
     from quarot_fx.lowering.triton.device import describe
 
+    for part in parts:
+        if part not in TUNED:
+            raise OptionError(name="tune", value=part, reason=f"launch parameters are searched for {', '.join(TUNED)}")
     _check_gpu()
-    table = tune(choice.shapes or list(distinct_shapes()), choice.tokens or TOKENS)
+    table: dict[str, list[dict[str, Any]]] = {}
+    if "matmul" in parts:
+        table |= tune_matmul(choice.shapes or list(distinct_shapes()), choice.tokens or TOKENS)
+    if "attention" in parts:
+        table |= tune_attention()
     shared = describe(torch.device("cuda")).shared_bytes
     kernels = (
         f'  "{kernel}": [\n' + ",\n".join(f"    {json.dumps(entry)}" for entry in entries) + "\n  ]"

@@ -1,36 +1,48 @@
-"""``quarot-fx eval``: the perplexity of the compiled model itself, setting by setting."""
+"""``quarot-fx eval``: perplexity and zero-shot tasks of the compiled model itself, setting by setting."""
 
 from __future__ import annotations
 
 import gc
-import json
 import shlex
 import sys
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.table import Table
 
 from quarot_fx.cli.settings import (
     DEFAULT_SETTINGS,
     OptionAssignments,
+    Setting,
     parse_gptq_options,
     parse_options,
     parse_setting,
 )
-from quarot_fx.errors import NotFoundError, OptionError
+from quarot_fx.errors import NotFoundError, OptionError, QuarotError
 
 
 def evaluate(
     model: Annotated[str, typer.Argument(help="A GGUF file, a folder, a name on the hub, or 'smollm2'.")],
-    text: Annotated[str, typer.Option(help="A text file, a dataset such as 'wikitext2', or 'pydoc'.")] = "pydoc",
+    text: Annotated[
+        str | None,
+        typer.Option(help="For perplexity: a text file, 'wikitext2', 'c4', 'ptb', or 'pydoc', if there are no tasks."),
+    ] = None,
     windows: Annotated[int | None, typer.Option(min=1, help="Only the first N windows.")] = None,
     window_length: Annotated[int, typer.Option(min=2, help="Tokens in a window.")] = 2048,
     batch: Annotated[int, typer.Option(min=1, help="Windows that the model gets at a time.")] = 1,
-    settings: Annotated[str, typer.Option(help="Names separated by commas.")] = ",".join(DEFAULT_SETTINGS),
+    tasks: Annotated[str | None, typer.Option(help="Tasks of lm-eval, separated by commas: piqa,arc_easy.")] = None,
+    include_path: Annotated[Path | None, typer.Option(help="A folder of tasks in lm-eval's format.")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Only the first N questions of a task.")] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Sequences in a batch of a task.")] = 8,
+    settings: Annotated[
+        str | None, typer.Option(help=f"Names separated by commas; {','.join(DEFAULT_SETTINGS)} if not given.")
+    ] = None,
+    settings_file: Annotated[
+        Path | None, typer.Option(help="A .json or .toml file of settings instead, each with options of its own.")
+    ] = None,
     option: OptionAssignments = None,
     calibration: Annotated[
         str | None, typer.Option(help="What settings with -gptq are calibrated on: a text file, 'wikitext2', 'c4', ...")
@@ -44,11 +56,14 @@ def evaluate(
     json_file: Annotated[
         Path | None, typer.Option("--json", help="Also write the numbers here, after every setting.")
     ] = None,
+    markdown_file: Annotated[Path | None, typer.Option("--markdown", help="Also write the table here.")] = None,
 ) -> None:
-    """Measure perplexity under each setting, next to the float model's on the same windows."""
-    options = parse_options(option or ())
-    gptq_options = parse_gptq_options(gptq or ())
-    chosen = [parse_setting(name, options) for name in settings.split(",")]
+    """Measure perplexity and zero-shot tasks under each setting, next to the float model's."""
+    options, gptq_options = parse_options(option or ()), parse_gptq_options(gptq or ())
+    chosen = _settings(settings, settings_file, options)
+    if tasks is None and (include_path is not None or limit is not None):
+        raise OptionError(name="tasks", value=None, reason="--include-path and --limit are about tasks: name some")
+
     if calibration is None and any(setting.gptq is not None for setting in chosen):
         raise OptionError(name="calibration", value=None, reason="a setting with -gptq needs a text to calibrate on")
 
@@ -57,67 +72,74 @@ def evaluate(
     from quarot_fx.cli.environment import describe_environment
     from quarot_fx.cli.models import compile_model, load_model
     from quarot_fx.cli.perplexity import measure
-    from quarot_fx.text import fingerprint, read_text, split_windows
+    from quarot_fx.cli.results import Results
+    from quarot_fx.cli.tasks import Tasks
+    from quarot_fx.cli.windows import TextWindows
+    from quarot_fx.text import fingerprint, most_windows, read_text, split_windows
 
-    content = read_text(text)
+    if text is None and tasks is None:
+        text = "pydoc"
+    content = "" if text is None else read_text(text)
+    harness = None if tasks is None else Tasks.find(tasks.split(","), include_path, limit, batch_size)
     network, tokenizer = load_model(model, device)
     if tokenizer is None:
-        raise NotFoundError(kind="tokenizer", name=model, remedy="Perplexity needs the model's tokenizer files.")
-    token_ids = split_windows(content, tokenizer, window_length, windows).to(device)
+        raise NotFoundError(kind="tokenizer", name=model, remedy="Evaluation needs the model's tokenizer files.")
+    of_text = None
+    if text is not None:
+        token_ids = split_windows(content, tokenizer, window_length, windows or most_windows(text)).to(device)
+        of_text = TextWindows(text, fingerprint(content), token_ids)
+
     calibration_ids = None
     if calibration is not None:
-        seed = options.get("seed", 0)
-        calibration_ids = calibration_tokens(calibration, tokenizer, samples, window_length, seed)
+        calibration_ids = calibration_tokens(calibration, tokenizer, samples, window_length, options.get("seed", 0))
 
-    record: dict[str, Any] = {
-        "command": shlex.join(["quarot-fx", *sys.argv[1:]]),
-        "model": model,
-        "text": {"name": text, "sha256": fingerprint(content)},
-        "windows": len(token_ids),
-        "window_length": window_length,
-        "calibration": calibration and {"text": calibration, "samples": samples},
-        "nested_backend": nested_backend,
-        **describe_environment(device),
-        "results": [],
-    }
+    measured = [one for one in (of_text, harness) if one is not None]
+    about: dict[str, Any] = {"command": shlex.join(["quarot-fx", *sys.argv[1:]]), "model": model}
+    for one in measured:
+        about |= one.about
+    if calibration is not None:
+        about["calibration"] = {"text": calibration, "samples": samples}
+    packages = () if harness is None else ("lm-eval", "datasets")
+    about |= {"nested_backend": nested_backend, **describe_environment(device, others=packages)}
+    results = Results(f"{model}: {'; '.join(one.title for one in measured)}", about)
     for setting in chosen:
-        calibrated: dict[str, Any] = {}
-        if setting.gptq is not None and calibration_ids is not None:
-            how = quarot_fx.GPTQOptions.from_options({**gptq_options, **setting.gptq})
-            report = quarot_fx.calibrate(network, calibration_ids, gptq=how, **(setting.options or {}))
-            calibrated = {"gptq": asdict(how), "calibration_seconds": report.seconds}
-        measurement = measure(compile_model(network, setting, nested_backend), token_ids, setting.name, batch)
+        row: dict[str, Any] = {"setting": setting.name, "options": setting.options}
+        try:
+            if setting.gptq is not None and calibration_ids is not None:
+                how = quarot_fx.GPTQOptions.from_options({**gptq_options, **setting.gptq})
+                report = quarot_fx.calibrate(network, calibration_ids, gptq=how, **(setting.options or {}))
+                row |= {"gptq": asdict(how), "calibration_seconds": report.seconds}
+            runnable = compile_model(network, setting, nested_backend)
+            if of_text is not None:
+                row |= asdict(measure(runnable, of_text.token_ids, setting.name, batch))
+            if harness is not None:
+                row |= harness.measure(runnable, network, tokenizer)
+        except QuarotError as error:
+            if setting.options is None:  # it is not the setting that is at fault
+                raise
+            row["reason"] = str(error)
+        results.add(row)
+        Console(stderr=True).print(results.latest(), markup=False, soft_wrap=True)
+        if json_file:  # now already: a long run may be cut short
+            results.write(json_file)
+        runnable = None
         gc.collect()  # compiled graphs lie in reference cycles, and the next setting needs their memory
-        result = {"setting": setting.name, "options": setting.options, **calibrated, **asdict(measurement)}
-        record["results"].append(result)
-        _add_ratios(record["results"])
-        Console(stderr=True).print(f"{setting.name}: {measurement.perplexity:.6g}, {measurement.seconds:.0f} s")
-        if json_file:
-            _write(json_file, record)
-    title = f"{model}: {text}, {len(token_ids)} windows of {window_length} tokens"
-    Console().print(_table(record["results"], title))
+    console = Console()
+    console.print(results.table())
+    if markdown_file:
+        markdown_file.write_text(results.markdown(), encoding="utf-8")
+    for reason in results.reasons():
+        console.print(reason, style="red", markup=False, soft_wrap=True)
+    if any(results.reasons()):
+        raise typer.Exit(1)
 
 
-def _add_ratios(results: list[dict[str, Any]]) -> None:
-    float_perplexity = next((one["perplexity"] for one in results if one["options"] is None), None)
-    for result in results:
-        result["ratio"] = result["perplexity"] / float_perplexity if float_perplexity else None
+def _settings(names: str | None, file: Path | None, options: Mapping[str, Any]) -> list[Setting]:
+    """Return the settings that the command line or a file names; the usual ones if neither does."""
+    if file is None:
+        return [parse_setting(name, options) for name in (DEFAULT_SETTINGS if names is None else names.split(","))]
+    if names is not None:
+        raise OptionError(name="settings-file", value=str(file), reason="comes instead of --settings")
+    from quarot_fx.cli.settings_file import read_settings
 
-
-def _write(file: Path, record: dict[str, Any]) -> None:
-    """Replace a file as a whole: what was measured stays readable while the rest is measured."""
-    new = file.with_name(f"{file.name}.new")
-    new.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
-    new.replace(file)
-
-
-def _table(results: list[dict[str, Any]], title: str) -> Table:
-    table = Table(title=title)
-    table.add_column("setting", overflow="fold")
-    for column in ("perplexity", "ratio to float", "seconds", "of it first batch"):
-        table.add_column(column, justify="right", no_wrap=True)
-    for result in results:
-        ratio = "" if result["ratio"] is None else f"{result['ratio']:.5g}"
-        seconds = (f"{result['seconds']:.1f}", f"{result['first_seconds']:.1f}")
-        table.add_row(result["setting"], f"{result['perplexity']:.6g}", ratio, *seconds)
-    return table
+    return read_settings(file, options)

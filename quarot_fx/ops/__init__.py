@@ -1,10 +1,15 @@
 """The operators of a rewritten graph, ``torch.ops.quarot.*``, under short names: one declaration a file."""
 
+from quarot_fx.ops.append import append
+from quarot_fx.ops.append_dequantize import append_dequantize
 from quarot_fx.ops.attend import attend
+from quarot_fx.ops.attend_packed import attend_packed
 from quarot_fx.ops.declaration import DECLARATIONS, OpDeclaration, Provider, declaration_of, declare
 from quarot_fx.ops.dequantize import dequantize
 from quarot_fx.ops.expert_linear import expert_linear
+from quarot_fx.ops.gated_int_linear import gated_int_linear
 from quarot_fx.ops.int_linear import int_linear
+from quarot_fx.ops.interleave_rows import interleave_rows
 from quarot_fx.ops.mean_square import mean_square
 from quarot_fx.ops.norm_quantize import norm_quantize
 from quarot_fx.ops.pack import pack
@@ -23,12 +28,17 @@ __all__ = [
     "DECLARATIONS",
     "OpDeclaration",
     "Provider",
+    "append",
+    "append_dequantize",
     "attend",
+    "attend_packed",
     "declaration_of",
     "declare",
     "dequantize",
     "expert_linear",
+    "gated_int_linear",
     "int_linear",
+    "interleave_rows",
     "mean_square",
     "norm_quantize",
     "pack",

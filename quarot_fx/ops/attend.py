@@ -11,7 +11,7 @@ from torch import Tensor
 from quarot_fx.ops.declaration import HALF_TOLERANCE, OpDeclaration, declare
 
 
-def _reference(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> Tensor:
+def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> Tensor:
     """Return ``softmax(scale q k^T + mask) v``, [batch, heads, queries, value size], in the dtype of q.
 
     q is [batch, heads, queries, size], k [batch, kv heads, keys, size] and v [batch, kv heads, keys, value size], all
@@ -79,7 +79,7 @@ def _inputs(generator: torch.Generator) -> Iterator[tuple[Any, ...]]:
 attend = declare(
     OpDeclaration(
         schema="attend(Tensor q, Tensor k, Tensor v, Tensor? mask, float scale) -> Tensor",
-        reference=_reference,
+        reference=attention,
         fake=_fake,
         inputs=_inputs,
         tolerance={torch.float32: 1e-5, **HALF_TOLERANCE},

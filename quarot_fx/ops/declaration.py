@@ -41,7 +41,8 @@ class OpDeclaration:
     """A ``quarot::`` op.
 
     Attributes:
-        schema: the op's signature in torch's schema language, functional, without the namespace.
+        schema: the op's signature in torch's schema language, without the namespace. An op that appends to a cache
+            writes what it names ``Tensor(a!)`` in place; all others are functional.
         reference: the op in plain PyTorch; it defines what the op means.
         fake: shapes and dtypes of the result, from fake tensors.
         inputs: yields argument tuples, made from a seeded generator, that cover the op's corner cases.
@@ -66,6 +67,12 @@ class OpDeclaration:
     def name(self) -> str:
         """The op's name, as in ``torch.ops.quarot.<name>``."""
         return self.schema.partition("(")[0]
+
+    @property
+    def written(self) -> tuple[int, ...]:
+        """The places of the arguments that the op writes in place."""
+        parameters = enumerate(self.overload._schema.arguments)
+        return tuple(place for place, one in parameters if one.alias_info is not None and one.alias_info.is_write)
 
     @property
     def overload(self) -> torch._ops.OpOverload:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -86,29 +87,32 @@ def _fake(codes: Tensor, scale: Tensor, *operands: Any) -> Tensor:
 
 def _inputs(generator: torch.Generator) -> Iterator[tuple[Any, ...]]:
     int8, float8 = torch.int8, torch.float8_e4m3fn
+    case = partial(random_arguments, generator)
     shapes = ((1, 20, 512), (2, 130, 600), (5, 64, 256), (17, 33, 1024), (70, 70, 272))
     for tokens, rows, n in shapes:
         for container in (int8, float8):
-            yield _case(generator, tokens, rows, n, container=container)
-    yield _case(generator, 3, 40, 512, weight_symmetric=False)
-    yield _case(generator, 1, 40, 512, symmetric=False, weight_symmetric=False)
-    yield _case(generator, 20, 40, 512, symmetric=False, weight_symmetric=False, container=float8)
-    yield _case(generator, 3, 40, 512, weight_group=128)
-    yield _case(generator, 3, 40, 512, group=128)
-    yield _case(generator, 20, 40, 512, group=64, weight_group=64, symmetric=False)
-    yield _case(generator, 20, 40, 512, group=128, weight_group=128, weight_symmetric=False, container=float8)
-    yield _case(generator, 3, 40, 272, bits=8, weight_bits=8)
-    yield _case(generator, 3, 40, 272, bits=8, weight_bits=8, weight_symmetric=False, symmetric=False)
-    yield _case(generator, 3, 40, 512, bits=8)
+            yield case(tokens, rows, n, container=container)
+    yield case(3, 40, 512, weight_symmetric=False)
+    yield case(1, 40, 512, symmetric=False, weight_symmetric=False)
+    yield case(20, 40, 512, symmetric=False, weight_symmetric=False, container=float8)
+    yield case(3, 40, 512, weight_group=128)
+    yield case(3, 40, 512, group=128)
+    yield case(20, 40, 512, group=64, weight_group=64, symmetric=False)
+    yield case(20, 40, 512, group=128, weight_group=128, weight_symmetric=False, container=float8)
+    yield case(3, 40, 272, bits=8, weight_bits=8)
+    yield case(3, 40, 272, bits=8, weight_bits=8, weight_symmetric=False, symmetric=False)
+    yield case(3, 40, 512, bits=8)
     for tokens in (1, 20):
-        yield _case(generator, tokens, 40, 512, dtype=torch.bfloat16, bias=True, residual=True)
-        yield _case(generator, tokens, 40, 512, dtype=torch.float16, bias=True)
+        yield case(tokens, 40, 512, dtype=torch.bfloat16, bias=True, residual=True)
+        yield case(tokens, 40, 512, dtype=torch.float16, bias=True)
         yield _extreme_case(tokens, int8)
         yield _extreme_case(tokens, float8)
-    yield _case(generator, 0, 40, 512)
+    yield case(1, 40, 272, bits=8, weight_bits=8)
+    yield case(2, 40, 272, bits=8, weight_bits=8, weight_symmetric=False, symmetric=False)
+    yield case(0, 40, 512)
 
 
-def _case(
+def random_arguments(
     generator: torch.Generator,
     tokens: int,
     rows: int,
@@ -124,6 +128,7 @@ def _case(
     bias: bool = False,
     residual: bool = False,
 ) -> tuple[Any, ...]:
+    """Return arguments of the op for a random activation [tokens, n] and weight [rows, n]."""
     x = torch.randn(tokens, n, generator=generator)
     codes, scale, zero, sums = quantize_operand(x, bits, group, 0.9, symmetric, container)
     w = torch.randn(rows, n, generator=generator)

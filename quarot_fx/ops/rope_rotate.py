@@ -13,16 +13,20 @@ from quarot_fx.ops.rotate import rotate
 from quarot_fx.rotation import Rotation
 
 
+def embed(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Return ``x * cos + half_turn(x) * sin``, computed in float32 and rounded to the dtype of x."""
+    first, second = x.float().chunk(2, -1)
+    turned = torch.cat([-second, first], -1)
+    return (x.float() * cos.float()[:, None] + turned * sin.float()[:, None]).to(x.dtype)
+
+
 def _reference(x: Tensor, cos: Tensor, sin: Tensor, rotation: str) -> Tensor:
     """Return ``rotate(x * cos + half_turn(x) * sin, rotation)`` with ``half_turn([a, b]) = [-b, a]``.
 
     x is [batch, heads, tokens, head size], of any strides; cos and sin are [batch or 1, tokens, head size]. The
     embedding is computed in float32 and rounded to the dtype of x, and so is its rotation; the result is contiguous.
     """
-    first, second = x.float().chunk(2, -1)
-    turned = torch.cat([-second, first], -1)
-    y = x.float() * cos.float()[:, None] + turned * sin.float()[:, None]
-    return rotate(y.to(x.dtype), rotation)
+    return rotate(embed(x, cos, sin), rotation)
 
 
 def _fake(x: Tensor, cos: Tensor, sin: Tensor, rotation: str) -> Tensor:

@@ -2,38 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from functools import partial
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
-from quarot_fx.errors import UnknownOptionError
+from quarot_fx.ops.activations import ACTIVATIONS, activated, check_activation
 from quarot_fx.ops.declaration import OpDeclaration, declare
 from quarot_fx.ops.quantize_activation import Operand, fake_operand, quantize_operand
 from quarot_fx.ops.rotate import rotate
 from quarot_fx.rotation import Rotation
-
-
-def _identity(x: Tensor) -> Tensor:
-    return x
-
-
-def _relu_squared(x: Tensor) -> Tensor:
-    return F.relu(x).square()
-
-
-ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    "gelu": F.gelu,
-    "gelu_tanh": partial(F.gelu, approximate="tanh"),
-    "identity": _identity,
-    "relu": F.relu,
-    "relu_squared": _relu_squared,
-    "sigmoid": torch.sigmoid,
-    "silu": F.silu,
-}
 
 
 def _reference(
@@ -53,19 +32,12 @@ def _reference(
     The product is rounded to the dtype of x, and all else computed in float32. With no gate, it is ``activation(x)``
     that takes the product's place.
     """
-    activate = _activation(activation)
-    y = (activate(x.float()) if gate is None else activate(gate.float()) * x.float()).to(x.dtype)
+    y = activated(x, gate, activation).to(x.dtype)
     return quantize_operand(rotate(y.float(), rotation, -1, inner), bits, group, clip, symmetric, container)
 
 
-def _activation(name: str) -> Callable[[Tensor], Tensor]:
-    if name not in ACTIVATIONS:
-        raise UnknownOptionError("activation", name, ACTIVATIONS)
-    return ACTIVATIONS[name]
-
-
 def _fake(x: Tensor, gate: Tensor | None, activation: str, rotation: str, inner: int, *rest: Any) -> Operand:
-    _activation(activation)
+    check_activation(activation)
     Rotation.parse(rotation).check_fits(x, -1, inner)
     bits, group, clip, symmetric, container = rest
     return fake_operand(x, bits, group, clip, symmetric, container)

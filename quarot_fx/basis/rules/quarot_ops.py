@@ -7,6 +7,7 @@ import torch
 from quarot_fx import ops  # noqa: F401  registers torch.ops.quarot
 from quarot_fx.basis.operator import Operator
 from quarot_fx.basis.rules import rule
+from quarot_fx.rotation import Rotation
 
 quarot = torch.ops.quarot
 
@@ -38,10 +39,26 @@ def expert_linear(op: Operator) -> None:
 
 @rule(quarot.rotate.default)
 def rotate(op: Operator) -> None:
-    """A transform that is there already: its axis is taken as it is, the others pass."""
-    x, dim = op["x"], op["dim"] % op["x"].ndim
-    for axis, result in zip(x.axes(), op.result.axes(), strict=True):
-        if axis.dim == dim:
-            op.pin([axis, result], "is a transform that is in the graph already")
-        else:
+    """A transform that is there already: one side is canonical, and the other in the basis that it names."""
+    x, y, dim = op["x"], op.result, op["dim"] % op["x"].ndim
+    for axis, result in zip(x.axes(), y.axes(), strict=True):
+        if axis.dim != dim:
             op.tie(axis, result)
+    turned, other = (y, x) if op["inverse"] else (x, y)
+    op.pin(other.axis(dim), "is a transform that is in the graph already")
+    if Rotation.parse(op["rotation"]).order == x.shape[dim]:
+        op.turn(turned.axis(dim), op["rotation"])
+    else:
+        op.pin(turned.axis(dim), "is a transform of a part of this axis that is in the graph already")
+
+
+@rule(quarot.quantize_asymmetric.default, quarot.quantize_symmetric.default)
+def quantization(op: Operator) -> None:
+    """Codes stand for numbers in the basis in which they were rounded."""
+    op.barrier("quantises this, and its codes are held so")
+
+
+@rule(quarot.dequantize.default)
+def dequantization(op: Operator) -> None:
+    """What is read of a cache of codes is in the basis in which it was rounded when it was written."""
+    op.barrier("reads codes, which are held so")

@@ -1,0 +1,68 @@
+"""The options of a cache."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any
+
+from quarot_fx.cache.formats import Format, PlainFormat, QuantizedFormat
+from quarot_fx.config import UNQUANTIZED_BITS, check_bits, check_clip, check_group
+from quarot_fx.errors import UnknownOptionError
+
+ROTATIONS = ("hadamard", "none")
+
+
+@dataclass(frozen=True)
+class CacheOptions:
+    """How a cache codes keys and values.
+
+    Attributes:
+        k_bits, v_bits: bits of keys and values: 2 to 8, or 16 to keep them in the model's dtype.
+        kv_bits: sets both.
+        group: channels that share a scale, a divisor of head_dim; ``None`` is head_dim.
+        clip: ratio in (0, 1] of the range that codes cover.
+        rotation: ``"hadamard"``, or ``"none"``.
+
+    Raises:
+        OptionError: a value is out of range.
+        UnknownOptionError: there is no such rotation.
+    """
+
+    k_bits: int = 4
+    v_bits: int = 4
+    kv_bits: int | None = None
+    group: int | None = None
+    clip: float = 0.95
+    rotation: str = "hadamard"
+
+    def __post_init__(self) -> None:
+        for name in ("k_bits", "v_bits", "kv_bits"):
+            if getattr(self, name) is not None or name != "kv_bits":
+                check_bits(name, getattr(self, name))
+        check_group("group", self.group)
+        check_clip("clip", self.clip)
+        if self.rotation not in ROTATIONS:
+            raise UnknownOptionError("rotation", str(self.rotation), ROTATIONS)
+
+    @classmethod
+    def from_mapping(cls, options: Mapping[str, Any]) -> CacheOptions:
+        """Read keyword arguments.
+
+        Raises:
+            UnknownOptionError: a name is not an option; the nearest one is suggested.
+        """
+        known = {field.name for field in fields(cls)}
+        for name in options:
+            if name not in known:
+                raise UnknownOptionError("option of a cache", name, known)
+        return cls(**options)
+
+    def formats(self) -> tuple[Format, Format]:
+        """Return the formats of keys and of values."""
+        return self._format(self.kv_bits or self.k_bits), self._format(self.kv_bits or self.v_bits)
+
+    def _format(self, bits: int) -> Format:
+        if bits == UNQUANTIZED_BITS:
+            return PlainFormat()
+        return QuantizedFormat(bits, self.group, self.clip, self.rotation)

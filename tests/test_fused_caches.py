@@ -1,0 +1,70 @@
+"""Models with a cache of few bits whose appends and reads are fused: their graphs, reports and logits."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import pytest
+import torch
+from architectures import LAYERS, compile_model
+from caches import double_model, logits_in_chunks, make
+from models import random_token_ids
+from test_cached_graphs import BATCH, BY_NAME, CHUNK, LENGTH, PROMPT, ROOM, build, rewritten
+
+from quarot_fx.float64 import relative_difference
+
+OPS = ("append", "append_dequantize", "attend_packed", "unpack", "pack", "dequantize", "index_copy", "rope_rotate")
+
+pytestmark = pytest.mark.usefixtures("graphs")
+
+
+def fused(model, kind, stage, **options):
+    """Return how often a rewritten graph calls the operators that matter, and its report."""
+    module = rewritten(model, make(kind, model, ROOM, BATCH), stage, kernels="reference", **options)
+    targets = (node.target for node in module.graph.nodes if isinstance(node.target, torch._ops.OpOverload))
+    names = Counter(target._schema.name.partition("::")[2] for target in targets)
+    return {name: names[name] for name in OPS if names[name]}, module.quarot
+
+
+def reasons(report, name):
+    (one,) = (one for one in report.passes if one.name == name)
+    return one.matched, sorted({declined.reason for declined in one.declined})
+
+
+@pytest.mark.parametrize(
+    ("stage", "expected"),
+    [
+        ("prompt", {"append_dequantize": 2 * LAYERS, "rope_rotate": LAYERS}),  # those of queries stay
+        ("chunk", {"append": 2 * LAYERS, "attend_packed": LAYERS, "rope_rotate": LAYERS}),
+        ("decode", {"append": 2 * LAYERS, "attend_packed": LAYERS, "rope_rotate": LAYERS}),
+    ],
+)
+def test_a_layer_has_one_op_for_keys_one_for_values_and_one_that_attends(stage, expected):
+    names, report = fused(double_model("llama"), "static", stage, check=True)
+    assert names == expected
+    assert reasons(report, "fuse-appends") == (2 * LAYERS, [])
+    assert {(one.kind, one.bits, one.by) for one in report.caches} == {("key", 4, "cache"), ("value", 4, "cache")}
+    assert max(one.difference for one in report.passes if "append" in one.name or "packed" in one.name) < 1e-9
+
+
+def test_what_stays_in_a_window_is_named():
+    """A token goes to its place in the window; of a prompt that is longer, only the end does."""
+    model = build(BY_NAME["gemma3_text"])
+    names, report = fused(model, "static", "decode")
+    assert (names["append"], names["attend_packed"]) == (2 * LAYERS, LAYERS)
+    assert reasons(report, "fuse-appends") == (2 * LAYERS, [])
+    names, report = fused(model, "static", "prompt")
+    matched, found = reasons(report, "fuse-appends")
+    assert names["append_dequantize"] == matched == 2  # of the layer without a window
+    assert found == ["codes that are stored are those of aten.slice.Tensor, not of new tokens"]
+
+
+@pytest.mark.parametrize("kind", ["static", "growing"])
+@pytest.mark.parametrize("name", ["llama", "gemma3_text"])
+def test_logits_stay_as_they_are(name, kind):
+    model, ids = build(BY_NAME[name]), random_token_ids(BATCH, LENGTH)
+    logits = []
+    for kernels in ("reference", "none"):
+        compiled = compile_model(model, kernels=kernels, w_bits=16, a_bits=16)
+        logits.append(logits_in_chunks(compiled, make(kind, model, ROOM, BATCH), ids, PROMPT, CHUNK, 1))
+    assert relative_difference(*([one] for one in logits)) < 1e-6

@@ -1,0 +1,158 @@
+"""``generate`` of models that the backend compiles, with a cache of few bits: tokens are those of a graph without a
+cache, and nothing is compiled again once all graphs have been.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from caches import SimulatedCache, double_model, make
+from models import random_token_ids
+from transformers import CompileConfig
+
+PROMPT, NEW, ROOM = 7, 6, 24
+ONE = {"num_hidden_layers": 1}  # tracing takes long
+BOTH = {"sliding_window": 6, "layer_types": ["sliding_attention", "full_attention"]}
+MODELS = {"llama": ONE, "gemma3_text": BOTH}
+
+pytestmark = pytest.mark.usefixtures("graphs")
+
+
+def by_model_compile(model, **options):
+    model.compile(backend="quarot", options=options)
+
+
+def by_forward(model, **options):
+    model.forward = torch.compile(model.forward, backend="quarot", options=options)
+
+
+COMPILE = {"model.compile": by_model_compile, "model.forward": by_forward}
+
+
+def compiled(name, how=by_model_compile, nested="eager", **options):
+    """A tiny model in float64, where the order of a sum never moves a number over the border of its code."""
+    model = double_model(name, **MODELS[name])
+    how(model, nested_backend=nested, **options)
+    return model
+
+
+def generate(model, ids, **options):
+    """Return the tokens, and the logits by which each was chosen: tiny models like to repeat themselves."""
+    options = {"max_new_tokens": NEW, "do_sample": False, "eos_token_id": None, "pad_token_id": 0} | options
+    torch.manual_seed(0)
+    return model.generate(ids, return_dict_in_generate=True, output_logits=True, **options)
+
+
+def assert_same(out, expected):
+    assert out.sequences.tolist() == expected.sequences.tolist()
+    torch.testing.assert_close(out.logits, expected.logits, rtol=0, atol=1e-6)
+
+
+def assert_generates_as_without_a_cache(graphs, name, kind="static", sequences=1, batch=1, ids=None, **options):
+    """Compare with a model that runs the whole sequence for every token; twice, the second time without compiling."""
+    how, nested = options.pop("how", by_model_compile), options.pop("nested", "eager")
+    ids = random_token_ids(batch, PROMPT) if ids is None else ids
+    expected = generate(compiled(name), ids, use_cache=False, **options)
+    model = compiled(name, how, nested)
+    cache = make(kind, model, ROOM, batch_size=len(ids) * sequences)
+    assert_same(generate(model, ids, past_key_values=cache, **options), expected)
+    count = graphs()
+    cache.reset()
+    assert_same(generate(model, ids, past_key_values=cache, **options), expected)
+    assert graphs() == count
+
+
+@pytest.mark.parametrize("how", COMPILE.values(), ids=COMPILE)
+@pytest.mark.parametrize("name", MODELS)
+def test_greedy(name, how, graphs):
+    assert_generates_as_without_a_cache(graphs, name, how=how)
+
+
+def test_growing_cache(graphs):
+    assert_generates_as_without_a_cache(graphs, "llama", kind="growing")
+
+
+@pytest.mark.parametrize("nested", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+def test_nested_backends(nested, graphs):
+    assert_generates_as_without_a_cache(graphs, "llama", nested=nested)
+
+
+def test_sampling(graphs):
+    assert_generates_as_without_a_cache(graphs, "llama", sequences=2, do_sample=True, num_return_sequences=2)
+
+
+def test_beams(graphs):
+    assert_generates_as_without_a_cache(graphs, "llama", sequences=3, num_beams=3, num_return_sequences=2)
+
+
+def test_left_padded_batch(graphs):
+    ids = random_token_ids(2, PROMPT)
+    ids[0, :3] = 0
+    assert_generates_as_without_a_cache(graphs, "llama", ids=ids, attention_mask=(ids != 0).long())
+
+
+def test_assisted_by_the_prompt(graphs):
+    """Candidates are checked several at once, and those that are wrong are taken back from the cache."""
+    ids = random_token_ids(1, 4).repeat(1, 3)
+    expected = generate(compiled("llama"), ids, use_cache=False).sequences
+    model = compiled("llama")
+    cache = make("static", model, ROOM)
+    counts = []
+    for _ in range(2):
+        out = generate(model, ids, past_key_values=cache, prompt_lookup_num_tokens=3)
+        assert out.sequences.tolist() == expected.tolist()
+        counts.append(graphs())
+        cache.reset()
+    assert counts[0] == counts[1]
+
+
+def test_streaming():
+    class Streamer:
+        def __init__(self):
+            self.tokens = []
+
+        def put(self, value):
+            self.tokens += value.flatten().tolist()
+
+        def end(self):
+            self.tokens.append("end")
+
+    model, ids, streamer = compiled("llama"), random_token_ids(1, PROMPT), Streamer()
+    out = generate(model, ids, past_key_values=make("static", model, ROOM), streamer=streamer)
+    assert streamer.tokens == [*out.sequences[0].tolist(), "end"]
+
+
+# -- generate that compiles by itself --------------------------------------------------------------
+
+
+def compile_config(**options):
+    config = CompileConfig(backend="quarot", mode=None, options={"nested_backend": "eager", **options})
+    config._compile_all_devices = True  # as it is on GPUs
+    return config
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_compile_config(name, graphs):
+    """Prompts are run as the model is, uncompiled, and all tokens after it compiled; rotation alone changes neither."""
+    model, ids = double_model(name, **MODELS[name]), random_token_ids(1, PROMPT)
+    expected = generate(model, ids, past_key_values=SimulatedCache(model))
+    cache = make("static", model, ROOM)
+    for _ in range(2):
+        config = compile_config(w_bits=16, a_bits=16)
+        assert_same(generate(model, ids, past_key_values=cache, compile_config=config), expected)
+        assert graphs() == 1
+        cache.reset()
+
+
+def test_compile_config_in_four_bits(graphs):
+    """What follows an uncompiled prompt is what a compiled model makes of the same cache."""
+    model, ids = double_model("llama", **ONE), random_token_ids(1, PROMPT)
+    cache = make("static", model, ROOM)
+    out = generate(model, ids, past_key_values=cache, compile_config=compile_config())
+    assert graphs() == 1
+    cache.reset()
+    step = torch.compile(model, backend="quarot", options={"nested_backend": "eager"})
+    calls = [(model, ids), *((step, token[:, None]) for token in out.sequences[:, PROMPT:-1].T)]
+    with torch.no_grad():
+        expected = [call(tokens, past_key_values=cache).logits[:, -1].float() for call, tokens in calls]
+    torch.testing.assert_close(list(out.logits), expected, rtol=0, atol=1e-6)
