@@ -34,8 +34,8 @@ def row_blocks(size: torch.Size) -> Iterator[slice]:
 
 
 def computed_by_rows(node: fx.Node) -> list[fx.Node]:
-    """Return the steps, in order, that a constant can be computed by some rows at a time, ``node`` last; none if it mixes
-    rows itself, or is small. Steps before that mix rows, as a rotation of the first axis does, have to be there whole.
+    """Return the steps, in order, that a constant can be computed by some rows at a time, ``node`` last; none if it
+    mixes rows itself, or is small. Steps before that mix rows, as a rotation of the first axis does, are there whole.
 
     A row of a step follows from the same row of those arguments that have as many, of as many axes, and from the whole
     of its other arguments.
