@@ -107,7 +107,7 @@ def test_logits_are_those_of_a_graph_without_a_cache(options, kind):
     assert_logits_are_those_without_a_cache(double_model("llama"), kind, **options)
 
 
-@pytest.mark.parametrize("kind", ["static", "growing"])
+@pytest.mark.parametrize("kind", ["static", pytest.param("growing", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", [name for name in BY_NAME if name != "llama"])
 def test_logits_of_other_architectures(name, kind):
     assert_logits_are_those_without_a_cache(build(BY_NAME[name]), kind)

@@ -59,7 +59,7 @@ def test_what_stays_in_a_window_is_named():
     assert found == ["codes that are stored are those of aten.slice.Tensor, not of new tokens"]
 
 
-@pytest.mark.parametrize("kind", ["static", "growing"])
+@pytest.mark.parametrize("kind", ["static", pytest.param("growing", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", ["llama", "gemma3_text"])
 def test_logits_stay_as_they_are(name, kind):
     model, ids = build(BY_NAME[name]), random_token_ids(BATCH, LENGTH)

@@ -114,7 +114,8 @@ def _absorbed(program: Program) -> tuple[dict[str, torch.Tensor], list[str]]:
 def _as_stored(node: fx.Node) -> torch.Tensor:
     """Return the value of a constant, transposed back if the parameter is read transposed."""
     turns = sum(str(one.target) in TRANSPOSITIONS for one in with_sources(node))
-    return evaluate(node).mT if turns % 2 else evaluate(node)
+    value = evaluate(node)
+    return value.mT if turns % 2 and value.ndim > 1 else value  # a bias may be made of a weight that is read transposed
 
 
 def _fill_neutral(
