@@ -49,7 +49,7 @@ def readers(graph):
     return Counter(name.removesuffix(" output") if name.startswith(("key", "value")) else name for name in found)
 
 
-@pytest.mark.parametrize("stage", ["prompt", "decode"])
+@pytest.mark.parametrize("stage", [pytest.param("prompt", marks=pytest.mark.slow), "decode"])
 @pytest.mark.parametrize("row", ARCHITECTURES, ids=lambda row: row.model_type)
 def test_plan_is_that_of_a_graph_without_a_cache(row, stage):
     """Weights absorb both transforms of values; new keys are transformed, and queries, as without a cache."""
@@ -107,7 +107,8 @@ def test_logits_are_those_of_a_graph_without_a_cache(options, kind):
     assert_logits_are_those_without_a_cache(double_model("llama"), kind, **options)
 
 
-@pytest.mark.parametrize("kind", ["static", pytest.param("growing", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["static", "growing"])
 @pytest.mark.parametrize("name", [name for name in BY_NAME if name != "llama"])
 def test_logits_of_other_architectures(name, kind):
     assert_logits_are_those_without_a_cache(build(BY_NAME[name]), kind)
@@ -128,7 +129,7 @@ def assert_logits_are_those_without_a_cache(model, kind, sizes=(PROMPT, 1), **op
     assert relative_difference([logits], [expected]) < 1e-6
 
 
-@pytest.mark.parametrize("kind", ["static", "growing"])
+@pytest.mark.parametrize("kind", ["static", pytest.param("growing", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", ["llama", "gemma3_text"])
 def test_logits_of_a_prompt_in_chunks(name, kind):
     assert_logits_are_those_without_a_cache(build(BY_NAME[name]), kind, (PROMPT, CHUNK, 1))

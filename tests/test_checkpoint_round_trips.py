@@ -57,8 +57,11 @@ def load(folder, model=None, **options):
     [
         ("llama", {"tie_word_embeddings": True}, {}),
         ("llama", {}, {"w_group": 16, "w_sym": False, "overrides": {"lm_head": {"w_bits": 8}, "*.gate_proj": "skip"}}),
-        ("qwen2", {}, {"rotation": "random", "seed": 3, "w_bits": 3, "kernels": "reference"}),
-        ("gemma2", {}, {}),
+        pytest.param(
+            *("qwen2", {}, {"rotation": "random", "seed": 3, "w_bits": 3, "kernels": "reference"}),
+            marks=pytest.mark.slow,
+        ),
+        pytest.param("gemma2", {}, {}, marks=pytest.mark.slow),
         ("gpt2", {}, {}),
         ("mixtral", {}, {}),
     ],
