@@ -13,16 +13,13 @@ from quarot_fx.capture import INPUT
 from quarot_fx.config import QuarotConfig
 from quarot_fx.errors import CalibrationDataError
 from quarot_fx.inspection import capture_one_graph
-from quarot_fx.passes.pipeline import build_pipeline, run_pipeline
+from quarot_fx.passes.pipeline import build_pipeline, run_pipeline, split_at_quantization
 from quarot_fx.passes.quantize_activations import QuantizeActivations
 from quarot_fx.passes.quantize_caches import QuantizeCaches
-from quarot_fx.passes.quantize_embeddings import QuantizeEmbeddings
-from quarot_fx.passes.quantize_weights import QuantizeWeights
 from quarot_fx.program import Program
 from quarot_fx.store import SHARED
 
 AT_RUN_TIME = (QuantizeActivations, QuantizeCaches)
-QUANTIZING = (QuantizeWeights, QuantizeEmbeddings, *AT_RUN_TIME)
 
 
 @dataclass(frozen=True)
@@ -66,10 +63,8 @@ def capture_programs(
     if tokens is None:
         remedy = "Give a model whose forward takes token ids first."
         raise CalibrationDataError(reason="the model's graph does not read the token ids", remedy=remedy)
-    passes = build_pipeline(config)
-    places = [place for place, one in enumerate(passes) if isinstance(one, QUANTIZING)] or [len(passes)]
-    quantizing = passes[places[0] : places[-1] + 1]
+    before, quantizing = split_at_quantization(build_pipeline(config))
     if not options.quantized_inputs:
         quantizing = [one for one in quantizing if not isinstance(one, AT_RUN_TIME)]
-    rotated = run_pipeline(captured.bind(arguments, SHARED), passes[: places[0]])
+    rotated = run_pipeline(captured.bind(arguments, SHARED), before)
     return Programs(rotated, run_pipeline(rotated, quantizing), tokens, tuple(arguments))
