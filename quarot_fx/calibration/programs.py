@@ -19,7 +19,7 @@ from quarot_fx.passes.quantize_caches import QuantizeCaches
 from quarot_fx.program import Program
 from quarot_fx.store import SHARED
 
-AT_RUN_TIME = (QuantizeActivations, QuantizeCaches)
+OF_ACTIVATIONS = (QuantizeActivations, QuantizeCaches)
 
 
 @dataclass(frozen=True)
@@ -65,6 +65,6 @@ def capture_programs(
         raise CalibrationDataError(reason="the model's graph does not read the token ids", remedy=remedy)
     before, quantizing = split_at_quantization(build_pipeline(config))
     if not options.quantized_inputs:
-        quantizing = [one for one in quantizing if not isinstance(one, AT_RUN_TIME)]
+        quantizing = [one for one in quantizing if not isinstance(one, OF_ACTIVATIONS)]
     rotated = run_pipeline(captured.bind(arguments, SHARED), before)
     return Programs(rotated, run_pipeline(rotated, quantizing), tokens, tuple(arguments))
