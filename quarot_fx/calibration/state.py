@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ from quarot_fx.calibration.calibrated import PackedCodes
 from quarot_fx.calibration.report import CalibratedWeight
 from quarot_fx.errors import CalibrationStateError
 from quarot_fx.extras import import_extra
+from quarot_fx.files import write_text
 from quarot_fx.store import content, expression
 
 INDEX = "calibration.json"
@@ -76,9 +76,7 @@ class CalibrationState:
         digests = [_digest(node) for node in quantizations]
         self._steps.append({"file": name, "digests": digests, "weights": [asdict(weight) for weight in weights]})
         text = json.dumps({"settings": self._settings, "steps": self._steps}, indent=1)
-        new = self._index.with_suffix(".new")
-        new.write_text(text + "\n", encoding="utf-8")
-        os.replace(new, self._index)
+        write_text(self._index, text + "\n")
 
 
 _PARTS = ("packed", "scale", "zero")

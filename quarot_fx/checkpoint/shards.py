@@ -21,9 +21,9 @@ from safetensors.torch import save_file
 
 from quarot_fx.checkpoint.manifest import DTYPE_NAMES, Manifest, Shard, TensorInfo
 from quarot_fx.errors import CheckpointFormatError, CheckpointNotFoundError, CorruptCheckpointError, SaveError
+from quarot_fx.files import TEMPORARY, put_in_place, sync_folder, write_text
 
 INDEX = "model.safetensors.index.json"
-_TEMPORARY = ".quarot-"
 _SHARD = re.compile(r"model-\d{5}-[0-9a-f]{16}\.safetensors")
 
 
@@ -68,18 +68,17 @@ class ShardWriter:
         """Write what is left."""
         if self._pending or not self.shards:
             self._write()
-        _sync_folder(self._folder)
+        sync_folder(self._folder)
 
     def _write(self) -> None:
         self._folder.mkdir(parents=True, exist_ok=True)
-        handle, path = tempfile.mkstemp(prefix=_TEMPORARY, dir=self._folder)
+        handle, path = tempfile.mkstemp(prefix=TEMPORARY, dir=self._folder)
         os.close(handle)
         save_file(self._pending, path, metadata={"format": "pt"})
         digest = _sync(path)
         name = f"model-{len(self.shards) + 1:05}-{digest[:16]}.safetensors"
         self.shards[name] = Shard(os.path.getsize(path), digest)
-        os.chmod(path, 0o666 & ~_umask())
-        os.replace(path, self._folder / name)
+        put_in_place(path, self._folder / name)
         for tensor, value in self._pending.items():
             self.tensors[tensor] = TensorInfo(DTYPE_NAMES[value.dtype], tuple(value.shape), name)
         self._pending = {}
@@ -90,19 +89,8 @@ def commit(folder: Path, manifest: Manifest) -> None:
     write_text(folder / INDEX, json.dumps(manifest.as_index(), indent=1) + "\n")
     for path in folder.iterdir():
         is_old = _SHARD.fullmatch(path.name) is not None and path.name not in manifest.shards
-        if is_old or path.name.startswith(_TEMPORARY):
+        if is_old or path.name.startswith(TEMPORARY):
             path.unlink()
-
-
-def write_text(path: Path, text: str) -> None:
-    """Replace a file by another text, in one step."""
-    handle, temporary = tempfile.mkstemp(prefix=_TEMPORARY, dir=path.parent)
-    with open(handle, "w", encoding="utf-8") as file:
-        file.write(text)
-    _sync(temporary)
-    os.chmod(temporary, 0o666 & ~_umask())
-    os.replace(temporary, path)
-    _sync_folder(path.parent)
 
 
 def read_manifest(folder: Path) -> Manifest:
@@ -208,21 +196,6 @@ def _sync(path: str) -> str:
     with open(path, "rb") as file:
         os.fsync(file.fileno())
     return _digest(path)
-
-
-def _sync_folder(folder: Path) -> None:
-    if os.name == "posix":  # elsewhere a folder cannot be opened
-        handle = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
-
-
-def _umask() -> int:
-    current = os.umask(0)
-    os.umask(current)
-    return current
 
 
 def _no_json(folder: Path, error: Exception) -> CheckpointFormatError:

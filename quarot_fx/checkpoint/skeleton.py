@@ -12,9 +12,9 @@ from typing import Any
 
 import torch
 
-from quarot_fx.checkpoint.shards import write_text
 from quarot_fx.config import QuarotConfig
 from quarot_fx.extras import import_extra
+from quarot_fx.files import write_text
 
 # What a config does not write to its file, and the values that make transformers download no code.
 IMPLEMENTATIONS = {

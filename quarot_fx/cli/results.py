@@ -11,6 +11,7 @@ from typing import Any
 from rich.table import Table
 
 from quarot_fx.cli.tasks import headline
+from quarot_fx.files import write_text
 
 
 @dataclass
@@ -38,9 +39,7 @@ class Results:
 
     def write(self, path: Path) -> None:
         """Replace a file by JSON, as a whole: what was measured stays readable while the rest is measured."""
-        new = path.with_name(f"{path.name}.new")
-        new.write_text(json.dumps({**self.about, "results": self.rows}, indent=2) + "\n", encoding="utf-8")
-        new.replace(path)
+        write_text(path, json.dumps({**self.about, "results": self.rows}, indent=2) + "\n")
 
     def latest(self) -> str:
         """Return a line on the setting that was measured last."""
