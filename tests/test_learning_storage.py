@@ -93,6 +93,7 @@ def test_a_folder_is_as_good_as_what_it_holds(tmp_path, monkeypatch):
         (lambda folder: rewrite_index(folder, rotations=[{}]), f"{INDEX} is none: KeyError"),
         (lambda folder: rewrite_index(folder, rotations=3), f"{INDEX} is none: TypeError"),
         (lambda folder: rewrite_index(folder, losses=3), f"{INDEX} is none: TypeError"),
+        (lambda folder: rewrite_index(folder, losses=["low"]), f"{INDEX} is none: ValueError"),
         (lambda folder: rewrite_index(folder, seconds="long"), f"{INDEX} is none: ValueError"),
         (lambda folder: (folder / MATRICES).write_bytes((folder / MATRICES).read_bytes()[:-1]), "its checksum differs"),
         (lambda folder: rewrite_matrices(folder, lambda found: dict(list(found.items())[:1])), "is none: KeyError"),
@@ -121,7 +122,7 @@ def test_what_absorbs_a_rotation_is_text(folder):
     for absorbed_by in ("text", [1], None):
         one = {**index["rotations"][0], "absorbed_by": absorbed_by}
         rewrite_index(folder, rotations=[one])
-        with pytest.raises(LearnedRotationsFileError, match="what absorbs learned-8-.* is"):
+        with pytest.raises(LearnedRotationsFileError, match=r"what absorbs learned-8-.* is"):
             LearnedRotations.load(folder)
 
 

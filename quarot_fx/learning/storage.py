@@ -66,7 +66,8 @@ def read_rotations(folder: Path) -> LearnedRotations:
         raise _error(folder, f"{MATRICES} cannot be read: {error}") from error
     try:
         learned = [_learned(one, matrices) for one in index["rotations"]]
-        rotations = LearnedRotations(learned, dict(index["options"]), index["losses"], float(index["seconds"]))
+        losses, seconds = [float(loss) for loss in index["losses"]], float(index["seconds"])
+        rotations = LearnedRotations(learned, dict(index["options"]), losses, seconds)
     except (KeyError, TypeError, ValueError) as error:
         if isinstance(error, NotOrthogonalError):
             raise
