@@ -177,7 +177,8 @@ def test_packed_keys_and_values_that_a_mask_hides_are_not_read(monkeypatch: pyte
 
 @pytest.mark.parametrize("is_boolean", [True, False])
 def test_keys_and_values_that_a_mask_hides_are_not_read(is_boolean: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("quarot_fx.lowering.triton.split_attention.MOST_SPLITS", 2)  # a program with one block reads it anyway
+    # A program with one block reads it, whatever a mask leaves of it.
+    monkeypatch.setattr("quarot_fx.lowering.triton.split_attention.MOST_SPLITS", 2)
     q, k, v = attention(1500)
     place = torch.arange(1500, device=DEVICE)
     is_read = (place >= 512) & (place < 1024)  # whole blocks of any size that a table names
