@@ -266,7 +266,7 @@ def test_eval_calibrates_on_a_text(tiny_folder, tmp_path):
 def test_eval_learns_rotations_on_a_text(tiny_folder, tmp_path):
     settings, file = "W4A4,W4A4-learned-gptq{steps=2}", tmp_path / "out.json"
     shape = ("--windows", 2, "--window-length", 16, "--settings", settings)
-    message = "a setting with -learned needs a text"
+    message = "W4-learned needs a text to calibrate on"
     assert message in run("eval", tiny_folder, *shape[:-1], "W4-learned", exit_code=1)
     data = ("--calibration", "pydoc", "--samples", 5, "--learning", "batch=2", "--learning", "rate=0.2")
     run("eval", tiny_folder, *shape, *data, "--json", file)
