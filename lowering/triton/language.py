@@ -37,6 +37,13 @@ def dot(a, b, PRECISION: tl.constexpr):
 
 
 @triton.jit
+def between_products(values, dtype: tl.constexpr):
+    """Return what one product gave in the type that the next one takes, for activations of this dtype."""
+    values = values.to(tl.float32)
+    return round_to(values, tl.bfloat16) if dtype == tl.bfloat16 else values
+
+
+@triton.jit
 def keep(x):
     """Return x, 16 bits an element; the compiler will not compute it again in another layout."""
     if INTERPRETED:

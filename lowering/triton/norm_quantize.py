@@ -60,7 +60,7 @@ def _norm_quantize(
     if gain is not None:
         values *= tl.load(gain + column, mask=mask, other=0).to(tl.float32)
     store_quantized(
-        values, codes + at, mask, scale, zero, sums, row * groups + which, which < groups, group, clip, BITS
+        values, 1.0, codes + at, mask, scale, zero, sums, row * groups + which, which < groups, group, clip, BITS
     )
 
 

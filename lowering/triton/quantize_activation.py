@@ -43,7 +43,7 @@ def _quantize_activation(
     values = tl.load(x + row.to(tl.int64) * stride + column, mask=mask, other=0).to(tl.float32)
     at = row.to(tl.int64) * (groups * group) + column
     store_quantized(
-        values, codes + at, mask, scale, zero, sums, row * groups + which, which < groups, group, clip, BITS
+        values, 1.0, codes + at, mask, scale, zero, sums, row * groups + which, which < groups, group, clip, BITS
     )
 
 
