@@ -55,12 +55,11 @@ def _norm_quantize(
     if direction is not None:
         axis = tl.load(direction + column, mask=mask, other=0).to(tl.float32)
         values -= tl.sum(values * axis) * axis
-    mean_square = tl.sum(values * values) / size
-    values *= tl.math.rsqrt(mean_square + eps)
+    unit = tl.math.rsqrt(tl.sum(values * values) / size + eps)
     if gain is not None:
         values *= tl.load(gain + column, mask=mask, other=0).to(tl.float32)
     store_quantized(
-        values, 1.0, codes + at, mask, scale, zero, sums, row * groups + which, which < groups, group, clip, BITS
+        values, unit, codes + at, mask, scale, zero, sums, row * groups + which, which < groups, group, clip, BITS
     )
 
 

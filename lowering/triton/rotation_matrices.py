@@ -201,8 +201,8 @@ def _matrix(side: tuple[Factor, ...], block: int, outer: int, transposed: bool) 
 
 def _slab_matrix(bits: tuple[int, ...], rotated: int) -> Tensor:
     """Return the matrix whose rows these bits number, the lowest of a slab's bits being rotated, so many of them."""
-    hadamard = Factor("hadamard", 2).array() * math.sqrt(2)
-    return torch.from_numpy(reduce(np.kron, [hadamard if bit < rotated else np.eye(2) for bit in bits]))
+    hadamard = torch.tensor([[1.0, 1.0], [1.0, -1.0]], dtype=torch.float64)
+    return reduce(torch.kron, [hadamard if bit < rotated else torch.eye(2, dtype=torch.float64) for bit in bits])
 
 
 def power_of_two_from(size: int, smallest: int = SMALLEST_BLOCK) -> int:
