@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 from triton.language.extra import libdevice
 
-from quarot_fx.lowering.triton.language import INTERPRETED, keep, round_to
+from quarot_fx.lowering.triton.language import INTERPRETED, as_float32, keep, round_to
 from quarot_fx.ops.interleave_rows import ROWS
 
 GATE_ROWS = tl.constexpr(ROWS)  # of a weight belong to a gate, then as many to what it multiplies
@@ -20,7 +20,7 @@ def _quotient(x, y):
 
 @triton.jit
 def _times_sigmoid(x, y, dtype: tl.constexpr):
-    """Return x / (1 + exp(-y)); for a result of 16 bits by one special instruction, up to 2^-12 x, instead of by two."""
+    """Return x / (1 + exp(-y)); for a result of 16 bits by one special instruction, up to 2^-12 x, instead of two."""
     if INTERPRETED or dtype == tl.float32:
         product = x * _quotient(1.0, 1 + tl.exp(-y))
     else:
@@ -68,10 +68,10 @@ def load_activated(x_at, gate_at, mask, ACTIVATION: tl.constexpr):
     dtype: tl.constexpr = x_at.dtype.element_ty
     values = tl.load(x_at, mask=mask, other=0)
     if gate_at is not None:
-        gates = tl.load(gate_at, mask=mask, other=0).to(tl.float32)
-        values = round_to(activate(gates, ACTIVATION, dtype) * values.to(tl.float32), dtype)
+        gates = as_float32(tl.load(gate_at, mask=mask, other=0))
+        values = round_to(activate(gates, ACTIVATION, dtype) * as_float32(values), dtype)
     elif ACTIVATION != "identity":
-        values = round_to(activate(values.to(tl.float32), ACTIVATION, dtype), dtype)
+        values = round_to(activate(as_float32(values), ACTIVATION, dtype), dtype)
     if (gate_at is not None or ACTIVATION != "identity") and dtype != tl.float32:
         values = keep(values)
     return values
