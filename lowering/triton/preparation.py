@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor
 
-from quarot_fx.lowering.triton.rotation_matrices import head_matrix, matrices, possible_splits, split, split_in_parts
+from quarot_fx.lowering.triton.rotation_matrices import head_matrix, matrices, possible_splits, split
 from quarot_fx.rotation import Rotation
 
 
@@ -21,10 +21,8 @@ def _rotate(x: Tensor, rotation: str, dim: int = -1, inner: int = 1, inverse: bo
 
 
 def _rotate_quantize(x: Tensor, gate: Tensor | None, activation: str, rotation: str, inner: int, *scheme: Any) -> None:
-    parsed, size = Rotation.parse(rotation), x.shape[-1]
-    for cut in (split(parsed, size, inner, x.dtype), split_in_parts(parsed, size, inner)):
-        if cut is not None:
-            matrices(cut, x.device, x.dtype)
+    if cut := split(Rotation.parse(rotation), x.shape[-1], inner, x.dtype):
+        matrices(cut, x.device, x.dtype)
 
 
 def _rope_rotate(x: Tensor, cos: Tensor, sin: Tensor, rotation: str) -> None:

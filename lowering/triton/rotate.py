@@ -125,14 +125,10 @@ def _rotate(
         tl.store(y + start + result_place, round_to(values, dtype), mask=is_result & is_row)
 
 
-def launch_of(cut: Split, x: Tensor, rows: int) -> Mapping[str, Any]:
-    """Return what tables say of so many rows of x that are rotated by a split."""
-    return tiles.nearest("rotate_quantize", x.device, tokens=rows, elements=cut.elements)
-
-
-def launch_parameters(cut: Split, x: Tensor, launch: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the constants of a kernel that rotates rows of x by a split, ``launch`` with them."""
-    device, launch = describe(x.device), dict(launch)
+def launch_parameters(cut: Split, x: Tensor, rows: int, launch: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """Return the constants of a kernel that rotates so many rows of x by a split; tables give the ``launch``."""
+    device = describe(x.device)
+    launch = dict(launch or tiles.nearest("rotate_quantize", x.device, tokens=rows, elements=cut.elements))
     if cut.shared_bytes(x.dtype, launch["num_stages"]) > device.shared_bytes:
         launch["num_stages"] = 1
     sizes = zip("ABC", cut.sizes, cut.blocks, strict=True)
@@ -149,7 +145,7 @@ def rotate(x: Tensor, rotation: str, dim: int = -1, inner: int = 1, inverse: boo
         cut = split_of(x, rotation, inner)
         assert cut is not None, "the provider does not support this rotation"
         rows = x.numel() // math.prod(cut.sizes)
-        launch = launch_parameters(cut, x, launch_of(cut, x, rows))
+        launch = launch_parameters(cut, x, rows)
         launch.pop("PART", None)  # several programs a row are worth it only where its range is looked for, too
         grid = (triton.cdiv(rows, launch["ROWS"]),)
         _rotate[grid](x, *matrices(cut, x.device, x.dtype, inverse), y, rows, cut.norm, **launch)

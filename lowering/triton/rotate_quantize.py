@@ -16,10 +16,10 @@ from torch import Tensor
 from quarot_fx.lowering.triton.activations import load_activated
 from quarot_fx.lowering.triton.language import let_dependents_start, wait_for_inputs
 from quarot_fx.lowering.triton.quantization import store_quantized
-from quarot_fx.lowering.triton.rotate import launch_of, launch_parameters, load_matrix, places, rotated
+from quarot_fx.lowering.triton.rotate import launch_parameters, load_matrix, places, rotated
 from quarot_fx.lowering.triton.rotate_quantize_parts import launch_parts
 from quarot_fx.lowering.triton.rotate_slabs import SIDE
-from quarot_fx.lowering.triton.rotation_matrices import matrices, split, split_in_parts
+from quarot_fx.lowering.triton.rotation_matrices import matrices, split
 from quarot_fx.lowering.triton.rows import rows_of
 from quarot_fx.ops.quantize_activation import fake_operand
 from quarot_fx.rotation import Rotation
@@ -96,14 +96,11 @@ def rotate_quantize(
     codes, scale, zero, sums = operand
     if x.numel() == 0:
         return operand
-    size, parsed = x.shape[-1], Rotation.parse(rotation)
-    cut = split(parsed, size, inner, x.dtype)
+    size = x.shape[-1]
+    cut = split(Rotation.parse(rotation), size, inner, x.dtype)
     assert cut is not None, "the provider does not support this rotation"
     rows = x.numel() // size
-    launch = launch or launch_of(cut, x, rows)
-    if "PART" in launch:
-        cut = split_in_parts(parsed, size, inner) or cut
-    parameters = launch_parameters(cut, x, launch)
+    parameters = launch_parameters(cut, x, rows, launch)
     part = parameters.pop("PART", None)
     x, stride_x = rows_of(x)
     gate, stride_gate = (None, 0) if gate is None else rows_of(gate)

@@ -106,14 +106,8 @@ class Split:
 @cache
 def split(rotation: Rotation, size: int, inner: int, dtype: torch.dtype) -> Split | None:
     """Return the cheapest way to rotate a row, or ``None`` if it fits no program or the rotation is not a Hadamard."""
-    splits = _splits(rotation, size, inner)
-    return min((s for s in splits if s.fits and (dtype == SLAB_DTYPE or not s.in_slabs)), key=_cost, default=None)
-
-
-@cache
-def split_in_parts(rotation: Rotation, size: int, inner: int) -> Split | None:
-    """Return the cheapest way to rotate a row by several programs, or ``None`` if there is none."""
-    return min((s for s in _splits(rotation, size, inner) if s.fits and s.has_parts), key=_cost, default=None)
+    splits = (s for s in _splits(rotation, size, inner) if s.fits and (dtype == SLAB_DTYPE or not s.in_slabs))
+    return min(splits, key=lambda s: s.cost, default=None)
 
 
 def split_of(x: Tensor, rotation: str, inner: int) -> Split | None:
@@ -128,10 +122,6 @@ def possible_splits(x: Tensor, rotation: str, inner: int) -> list[Split]:
     parsed, size = Rotation.parse(rotation), x.shape[-1]
     splits = (split(parsed, count * size, inner, x.dtype) for count in _rows_together(x))
     return [cut for cut in splits if cut is not None]
-
-
-def _cost(cut: Split) -> int:
-    return cut.cost
 
 
 def _rows_together(x: Tensor) -> list[int]:
@@ -171,13 +161,13 @@ def matrices(
     In slabs, M and R are the second and the first matrix of a slab. All are cast before they are copied, so that no
     kernel makes them: kernels read them before they wait for others.
     """
-    filled = [
+    left, middle, right = (
         _matrix(side, block, split.outer if axis == 0 else 1, (axis < 2) != inverse) if side else None
         for axis, (side, block) in enumerate(zip(split.sides, split.blocks, strict=True))
-    ]
+    )
     if split.in_slabs:
-        filled[2], filled[1] = (_slab_matrix(bits, len(split.sides[2])) for bits in SLAB_BITS)
-    return tuple(None if matrix is None else matrix.to(dtype).to(device) for matrix in filled)
+        right, middle = (_slab_matrix(bits, len(split.sides[2])) for bits in SLAB_BITS)
+    return tuple(None if matrix is None else matrix.to(dtype).to(device) for matrix in (left, middle, right))
 
 
 @cache  # unbounded: recorded CUDA graphs read them
