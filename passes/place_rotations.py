@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
@@ -14,9 +14,11 @@ from quarot_fx.basis.analysis import Analysis, Position
 from quarot_fx.basis.cut import IF_FREE, NOTHING, REQUIRED, FactorCut, Want, cheapest_bases, transform_cost
 from quarot_fx.basis.joining import join_adjacent
 from quarot_fx.basis.operator import Axis, Tensor, Turn
-from quarot_fx.basis.plan import Given, RotationPlan, Site, Transform
+from quarot_fx.basis.plan import LEARNED, Basis, Given, RotationPlan, Site, Transform
 from quarot_fx.config import UNQUANTIZED_BITS, QuarotConfig
-from quarot_fx.graph import main_parameter_of, module_path
+from quarot_fx.errors import LearnedRotationError
+from quarot_fx.graph import PARAMETER, leaves_of, main_parameter_of, module_path, stored_tensor
+from quarot_fx.learning.rotations import known_rotations
 from quarot_fx.linear_like import linear_likes
 from quarot_fx.passes.base import Pass
 from quarot_fx.program import Program
@@ -24,6 +26,7 @@ from quarot_fx.quantized_reads import QUANTIZATIONS, codes_of_cache
 from quarot_fx.report import PassReport
 from quarot_fx.roles import Roles
 from quarot_fx.rotation import Rotation
+from quarot_fx.store import expression
 
 VIEWS = ("view", "reshape", "expand", "transpose", "unsqueeze", "permute", "contiguous", "clone", "flatten",
          "repeat_interleave")  # fmt: skip
@@ -62,10 +65,21 @@ class PlaceRotations(Pass):
         candidates = [] if self.config.rotation == "none" else list(_candidates(program.graph, analysis, self.config))
         turns = [] if self.config.rotation == "none" else analysis.turns
         solution, left = _solve(program.graph, analysis, candidates, turns, self.config)
+        bases = tuple(solution.basis(cut, analysis) for cut in solution.joined)
         transforms = [
-            transform for cut in solution.joined for transform in _transforms(cut, analysis, solution.rotation(cut))
+            transform
+            for number, (cut, basis) in enumerate(zip(solution.joined, bases, strict=True))
+            for transform in _transforms(cut, analysis, basis, number)
         ]
-        sites = tuple(_site(candidate, analysis, solution.cuts) for candidate in candidates)
+        for where in _left(self.config, bases):
+            report.decline(where, "the rotation that was learned for it is not used: this graph rotates it otherwise")
+        learned = {
+            factor
+            for cut, basis in zip(solution.joined, bases, strict=True)
+            if basis.rotation.startswith(LEARNED)
+            for factor in cut.factors
+        }
+        sites = tuple(_site(candidate, analysis, solution.cuts, learned) for candidate in candidates)
         for candidate, site in zip(candidates, sites, strict=True):
             report.matched += site.rotated != "no"
             if candidate.worth and site.rotated == "no":
@@ -80,7 +94,7 @@ class PlaceRotations(Pass):
             for c in cut.crossings
             if not c.position.tensor.constant
         )
-        program.plan = RotationPlan(tuple(transforms), sites, tuple(barriers.items()), cost, given)
+        program.plan = RotationPlan(tuple(transforms), sites, tuple(barriers.items()), cost, given, bases)
 
 
 @dataclass(frozen=True)
@@ -101,16 +115,40 @@ class Solution:
     named: dict[tuple[int, ...], Rotation]
     config: QuarotConfig
 
-    def rotation(self, cut: FactorCut) -> Rotation:
-        """Return the rotation of a cut. Where the graph names none, it is random where weights alone pay for it; online
-        a plain Hadamard, which needs no signs.
+    def basis(self, cut: FactorCut, analysis: Analysis) -> Basis:
+        """Return what a cut leads into.
+
+        Raises:
+            LearnedRotationError: a matrix was learned that does not fit, or the graph names another one.
+        """
+        absorbed_by = tuple(
+            _absorber(crossing.position, analysis) for crossing in cut.crossings if crossing.position.tensor.constant
+        )
+        is_named, is_of_heads = cut.factors in self.named, bool(self.heads.intersection(cut.factors))
+        is_free = bool(absorbed_by) and not is_named and (is_of_heads or not cut.is_online)
+        rotation = self._rotation(cut, is_of_heads)
+        learned = None
+        if self.config.learned_rotations is not None and (is_free or is_named):
+            learned = known_rotations(self.config.learned_rotations).find(absorbed_by)
+        if learned is not None and is_named and str(rotation) != learned:
+            reason = f"it holds them rotated by {rotation}"
+            remedy = "Learn with heads=False for a model that runs with such a cache, or use an ordinary one."
+            raise LearnedRotationError(what=f"what a cache holds of {absorbed_by[0]}", reason=reason, remedy=remedy)
+        if learned is not None and Rotation.parse(learned).order != cut.size:
+            reason = f"{learned} does not fit its {cut.size} elements"
+            raise LearnedRotationError(what=absorbed_by[0], reason=reason, remedy="Learn it for this model.")
+        return Basis(learned or str(rotation), is_free, is_of_heads, absorbed_by)
+
+    def _rotation(self, cut: FactorCut, is_of_heads: bool) -> Rotation:
+        """Return the rotation of a cut for which none was learned. Where the graph names none, it is random where
+        weights alone pay for it; online a plain Hadamard, which needs no signs.
 
         Keys and values get a plain one always: whether it is online depends on the cache, and a model's graphs with and
         without one must agree on its weights.
         """
         if cut.factors in self.named:
             return self.named[cut.factors]
-        if cut.is_online or self.heads.intersection(cut.factors):
+        if cut.is_online or is_of_heads:
             return Rotation("hadamard", cut.size)
         kind = "random" if self.config.rotation == "random" else "random-hadamard"
         return Rotation(kind, cut.size, self.config.seed)
@@ -214,7 +252,27 @@ def _wants_of_writers(graph: fx.Graph, analysis: Analysis, heads: set[int]) -> I
                 yield Want(position, REQUIRED)
 
 
-def _transforms(cut: FactorCut, analysis: Analysis, rotation: Rotation) -> Iterator[Transform]:
+def _absorber(position: Position, analysis: Analysis) -> str:
+    """Name the factor of a constant in the same way in all graphs of a model."""
+    node = position.tensor.node
+    names = {id(stored_tensor(leaf)): leaf.meta.get(PARAMETER, str(leaf.target)) for leaf in leaves_of(node)}
+    made = expression(node)
+    text = "; ".join(made.text([names[id(leaf)] for leaf in made.leaves]))
+    where = f"{main_parameter_of(node)} axis {position.dim} inner {_inner(analysis, position)}"
+    return where if made.structure == ("$0",) else f"{where} of {text}"
+
+
+def _left(config: QuarotConfig, bases: Iterable[Basis]) -> Iterator[str]:
+    """Yield, of learned rotations that a graph does not take, what they were learned for."""
+    if config.learned_rotations is None:
+        return
+    taken = {basis.rotation for basis in bases}
+    for one in known_rotations(config.learned_rotations):
+        if str(one.rotation) not in taken:
+            yield one.absorbed_by[0]
+
+
+def _transforms(cut: FactorCut, analysis: Analysis, basis: Basis, number: int) -> Iterator[Transform]:
     for crossing in cut.crossings:
         tensor, dim, _ = crossing.position
         uses = [use.tensor for use in crossing.uses]
@@ -222,13 +280,14 @@ def _transforms(cut: FactorCut, analysis: Analysis, rotation: Rotation) -> Itera
             node=tensor.node.name,
             dim=dim,
             inner=_inner(analysis, crossing.position),
-            rotation=str(rotation),
+            rotation=basis.rotation,
             inverse=crossing.inverse,
             uses=tuple((_user(use).name, use.index) for use in uses),
             online=not tensor.constant,
             shape=tuple(size if isinstance(size, int) else str(size) for size in tensor.shape),
             where=module_path(_user(uses[0])),
             why=crossing.why,
+            basis=number,
         )
 
 
@@ -245,7 +304,7 @@ def _inner(analysis: Analysis, position: Position) -> int:
     return inner
 
 
-def _site(candidate: Candidate, analysis: Analysis, cuts: list[FactorCut]) -> Site:
+def _site(candidate: Candidate, analysis: Analysis, cuts: list[FactorCut], learned: set[int]) -> Site:
     """Say how one candidate ended: which of its factors are rotated, and whether a transform stands before it."""
     by_factor = {factor: cut for cut in cuts for factor in cut.factors}
     axes = candidate.written or (candidate.axis,)
@@ -265,7 +324,8 @@ def _site(candidate: Candidate, analysis: Analysis, cuts: list[FactorCut]) -> Si
     elif not all(rotated):
         kind, why = "partly", next(iter(unmet), "")
     else:
-        kind, why = ("online", online[0]) if online else ("free", "")
+        by_learned = any(cut is not None and learned.intersection(cut.factors) for cut, _ in pairs)
+        kind, why = ("online", online[0]) if online else ("free", "by a learned rotation" if by_learned else "")
     return Site(candidate.kind, candidate.node.name, candidate.name, kind, why)
 
 

@@ -17,14 +17,17 @@ from quarot_fx.calibration.data import Data, calibration_tokens
 from quarot_fx.calibration.inputs import LayerInputs
 from quarot_fx.calibration.options import GPTQOptions
 from quarot_fx.calibration.products import shared_inputs
-from quarot_fx.calibration.programs import capture_programs
+from quarot_fx.calibration.programs import capture_programs, device_of
 from quarot_fx.calibration.report import CalibratedWeight, Calibration
 from quarot_fx.calibration.rounding import round_weights
 from quarot_fx.calibration.state import CalibrationState
 from quarot_fx.config import QuarotConfig
 from quarot_fx.errors import NothingToCalibrateError
+from quarot_fx.passes.quantize_activations import QuantizeActivations
+from quarot_fx.passes.quantize_caches import QuantizeCaches
 from quarot_fx.progress import track
 
+OF_ACTIVATIONS = (QuantizeActivations, QuantizeCaches)
 CHANGE_NO_CODE = {"nested_backend", "mode", "kernels", "check", "free_originals"}  # options that codes do not depend on
 
 
@@ -75,8 +78,8 @@ def calibrate(
     start = time.perf_counter()
     config = QuarotConfig.from_options({"w_rounding": "gptq", **options})
     how = gptq if isinstance(gptq, GPTQOptions) else GPTQOptions.from_options(gptq)
-    tokens = calibration_tokens(data, tokenizer, samples, length, config.seed).to(_device(model))
-    programs = capture_programs(model, tokens[:1], config, how)
+    tokens = calibration_tokens(data, tokenizer, samples, length, config.seed).to(device_of(model))
+    programs = capture_programs(model, tokens[:1], config, () if how.quantized_inputs else OF_ACTIVATIONS)
     groups = shared_inputs(programs.quantized.graph)
     if not groups:
         raise NothingToCalibrateError
@@ -103,11 +106,6 @@ def calibrate(
         weights += records
     seconds = time.perf_counter() - start
     return Calibration(tuple(weights), how, sequences=len(tokens), length=tokens.shape[1], seconds=seconds)
-
-
-def _device(model: Callable[..., Any]) -> torch.device | None:
-    parameters = model.parameters() if isinstance(model, torch.nn.Module) else iter(())
-    return next((parameter.device for parameter in parameters), None)
 
 
 def _settings(config: QuarotConfig, options: GPTQOptions, tokens: Tensor) -> dict[str, Any]:

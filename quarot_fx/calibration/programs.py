@@ -1,4 +1,4 @@
-"""The model to calibrate as programs: rotated, and with weights quantised besides."""
+"""The model to calibrate as programs: rotated, and quantised besides."""
 
 from __future__ import annotations
 
@@ -6,20 +6,17 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, fx
 
-from quarot_fx.calibration.options import GPTQOptions
 from quarot_fx.capture import INPUT
 from quarot_fx.config import QuarotConfig
 from quarot_fx.errors import CalibrationDataError
 from quarot_fx.inspection import capture_one_graph
+from quarot_fx.passes.base import Pass
 from quarot_fx.passes.pipeline import build_pipeline, run_pipeline, split_at_quantization
-from quarot_fx.passes.quantize_activations import QuantizeActivations
-from quarot_fx.passes.quantize_caches import QuantizeCaches
 from quarot_fx.program import Program
 from quarot_fx.store import SHARED
-
-OF_ACTIVATIONS = (QuantizeActivations, QuantizeCaches)
 
 
 @dataclass(frozen=True)
@@ -28,7 +25,7 @@ class Programs:
 
     Attributes:
         rotated: in rotated bases, nothing quantised.
-        quantized: with weights as codes that are still to be found, and perhaps with activations and caches quantised.
+        quantized: quantised besides, or some of it; codes of weights may still be to be found.
         tokens: place of the token ids among the arguments.
         arguments: by place; the inputs that are not token ids are the same for all sequences.
     """
@@ -49,9 +46,15 @@ class Programs:
 
 
 def capture_programs(
-    model: Callable[..., Any], example: Tensor, config: QuarotConfig, options: GPTQOptions
+    model: Callable[..., Any], example: Tensor, config: QuarotConfig, without: tuple[type[Pass], ...] = ()
 ) -> Programs:
-    """Capture a model on token ids [1, length], and rewrite it as the backend does, up to its quantisation.
+    """Capture a model on token ids [batch, length], and rewrite it as the backend does, up to its quantisation.
+
+    Args:
+        model: what to capture.
+        example: the token ids.
+        config: of the rewriting.
+        without: passes that quantise and are left out.
 
     Raises:
         CalibrationDataError: the model does not read the token ids.
@@ -64,7 +67,12 @@ def capture_programs(
         remedy = "Give a model whose forward takes token ids first."
         raise CalibrationDataError(reason="the model's graph does not read the token ids", remedy=remedy)
     before, quantizing = split_at_quantization(build_pipeline(config))
-    if not options.quantized_inputs:
-        quantizing = [one for one in quantizing if not isinstance(one, OF_ACTIVATIONS)]
+    quantizing = [one for one in quantizing if not isinstance(one, without)]
     rotated = run_pipeline(captured.bind(arguments, SHARED), before)
     return Programs(rotated, run_pipeline(rotated, quantizing), tokens, tuple(arguments))
+
+
+def device_of(model: Callable[..., Any]) -> torch.device | None:
+    """Return the device of a model's first parameter, and ``None`` if it has none that can be found."""
+    parameters = model.parameters() if isinstance(model, torch.nn.Module) else iter(())
+    return next((parameter.device for parameter in parameters), None)
