@@ -1,4 +1,4 @@
-"""A Hadamard transform and quantisation of few long rows, each by several programs: one alone takes long for a row.
+"""A Hadamard transform and quantisation of few long rows that have no slabs, each by several programs, as one is slow.
 
 A row of A x B x C elements is rotated along A and C by a program for each index of B, and then along B, for which all
 of these must be done, by a second kernel. Its programs all find the row's range, which is the same for every one, and
