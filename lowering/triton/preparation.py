@@ -21,7 +21,7 @@ def _rotate(x: Tensor, rotation: str, dim: int = -1, inner: int = 1, inverse: bo
 
 
 def _rotate_quantize(x: Tensor, gate: Tensor | None, activation: str, rotation: str, inner: int, *scheme: Any) -> None:
-    if cut := split(Rotation.parse(rotation), x.shape[-1], inner):
+    if cut := split(Rotation.parse(rotation), x.shape[-1], inner, x.dtype):
         matrices(cut, x.device, x.dtype)
 
 
