@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import Tensor, fx
 
 from quarot_fx.calibration.options import GPTQOptions
 from quarot_fx.capture import INPUT
-from quarot_fx.config import QuarotConfig
+from quarot_fx.config import SEARCHED_CLIPS, QuantScheme, QuarotConfig
 from quarot_fx.errors import CalibrationDataError
 from quarot_fx.inspection import capture_one_graph
+from quarot_fx.linear_like import linear_likes
 from quarot_fx.passes.pipeline import build_pipeline, run_pipeline, split_at_quantization
 from quarot_fx.passes.quantize_activations import QuantizeActivations
 from quarot_fx.passes.quantize_caches import QuantizeCaches
+from quarot_fx.passes.quantized import quantized_activation
 from quarot_fx.program import Program
 from quarot_fx.store import SHARED
 
@@ -29,14 +31,26 @@ class Programs:
     Attributes:
         rotated: in rotated bases, nothing quantised.
         quantized: with weights as codes that are still to be found, and perhaps with activations and caches quantised.
+        searched: name of a linear layer -> how its input is quantised, with a clip ratio that is to be searched for.
         tokens: place of the token ids among the arguments.
         arguments: by place; the inputs that are not token ids are the same for all sequences.
     """
 
     rotated: Program
     quantized: Program
+    searched: Mapping[str, QuantScheme]
     tokens: int
     arguments: tuple[Any, ...]
+
+    def quantized_by(self, config: QuarotConfig, options: GPTQOptions) -> Programs:
+        """Return the model quantised in another way."""
+        _, quantizing = split_at_quantization(build_pipeline(config.with_provisional_clips()))
+        quantized = run_pipeline(self.rotated, quantizing)
+        searched = dict(_searched_inputs(quantized.graph, config))
+        if not options.quantized_inputs:
+            of_weights = [one for one in quantizing if not isinstance(one, OF_ACTIVATIONS)]
+            quantized = run_pipeline(self.rotated, of_weights)
+        return replace(self, quantized=quantized, searched=searched)
 
     def inputs(self, program: Program) -> Mapping[fx.Node, Any]:
         """Return the values of a program's placeholders, token ids included."""
@@ -63,8 +77,13 @@ def capture_programs(
     if tokens is None:
         remedy = "Give a model whose forward takes token ids first."
         raise CalibrationDataError(reason="the model's graph does not read the token ids", remedy=remedy)
-    before, quantizing = split_at_quantization(build_pipeline(config))
-    if not options.quantized_inputs:
-        quantizing = [one for one in quantizing if not isinstance(one, OF_ACTIVATIONS)]
+    before, _ = split_at_quantization(build_pipeline(config.with_provisional_clips()))
     rotated = run_pipeline(captured.bind(arguments, SHARED), before)
-    return Programs(rotated, run_pipeline(rotated, quantizing), tokens, tuple(arguments))
+    return Programs(rotated, rotated, {}, tokens, tuple(arguments)).quantized_by(config, options)
+
+
+def _searched_inputs(graph: fx.Graph, config: QuarotConfig) -> Iterator[tuple[str, QuantScheme]]:
+    for linear in linear_likes(graph):
+        activation = quantized_activation(linear.x)
+        if activation is not None and config.for_parameter(linear.parameter).a_clip in SEARCHED_CLIPS["a_clip"]:
+            yield linear.node.name, activation.scheme

@@ -13,6 +13,14 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
+from quarot_fx.cli.calibration import (
+    CalibrationSamples,
+    CalibrationText,
+    GPTQAssignments,
+    calibrate_setting,
+    calibration_results,
+    check_calibration_text,
+)
 from quarot_fx.cli.settings import (
     DEFAULT_SETTINGS,
     OptionAssignments,
@@ -20,6 +28,7 @@ from quarot_fx.cli.settings import (
     parse_gptq_options,
     parse_options,
     parse_setting,
+    split_settings,
 )
 from quarot_fx.errors import NotFoundError, OptionError, QuarotError
 
@@ -44,13 +53,9 @@ def evaluate(
         Path | None, typer.Option(help="A .json or .toml file of settings instead, each with options of its own.")
     ] = None,
     option: OptionAssignments = None,
-    calibration: Annotated[
-        str | None, typer.Option(help="What settings with -gptq are calibrated on: a text file, 'wikitext2', 'c4', ...")
-    ] = None,
-    samples: Annotated[int, typer.Option(min=1, help="Calibration windows, as long as the others.")] = 128,
-    gptq: Annotated[
-        list[str] | None, typer.Option(metavar="NAME=VALUE", help="A field of GPTQOptions: act_order=True.")
-    ] = None,
+    calibration: CalibrationText = None,
+    samples: CalibrationSamples = 128,
+    gptq: GPTQAssignments = None,
     nested_backend: Annotated[str, typer.Option(help="What compiles the rewritten graph.")] = "eager",
     device: Annotated[str, typer.Option(help="cpu, cuda, ...")] = "cpu",
     json_file: Annotated[
@@ -63,11 +68,9 @@ def evaluate(
     chosen = _settings(settings, settings_file, options)
     if tasks is None and (include_path is not None or limit is not None):
         raise OptionError(name="tasks", value=None, reason="--include-path and --limit are about tasks: name some")
+    for setting in chosen:
+        check_calibration_text(calibration, setting)
 
-    if calibration is None and any(setting.gptq is not None for setting in chosen):
-        raise OptionError(name="calibration", value=None, reason="a setting with -gptq needs a text to calibrate on")
-
-    import quarot_fx
     from quarot_fx.calibration.data import calibration_tokens
     from quarot_fx.cli.environment import describe_environment
     from quarot_fx.cli.models import compile_model, load_model
@@ -102,13 +105,13 @@ def evaluate(
     packages = () if harness is None else ("lm-eval", "datasets")
     about |= {"nested_backend": nested_backend, **describe_environment(device, others=packages)}
     results = Results(f"{model}: {'; '.join(one.title for one in measured)}", about)
-    for setting in chosen:
+    for chosen_setting in chosen:
+        setting = chosen_setting
         row: dict[str, Any] = {"setting": setting.name, "options": setting.options}
         try:
-            if setting.gptq is not None and calibration_ids is not None:
-                how = quarot_fx.GPTQOptions.from_options({**gptq_options, **setting.gptq})
-                report = quarot_fx.calibrate(network, calibration_ids, gptq=how, **(setting.options or {}))
-                row |= {"gptq": asdict(how), "calibration_seconds": report.seconds}
+            if setting.needs_calibration and calibration_ids is not None:
+                setting, report = calibrate_setting(network, setting, calibration_ids, gptq_options)
+                row |= {"options": setting.options, **calibration_results(report)}
             runnable = compile_model(network, setting, nested_backend)
             if of_text is not None:
                 row |= asdict(measure(runnable, of_text.token_ids, setting.name, batch))
@@ -137,7 +140,7 @@ def evaluate(
 def _settings(names: str | None, file: Path | None, options: Mapping[str, Any]) -> list[Setting]:
     """Return the settings that the command line or a file names; the usual ones if neither does."""
     if file is None:
-        return [parse_setting(name, options) for name in (DEFAULT_SETTINGS if names is None else names.split(","))]
+        return [parse_setting(name, options) for name in (DEFAULT_SETTINGS if names is None else split_settings(names))]
     if names is not None:
         raise OptionError(name="settings-file", value=str(file), reason="comes instead of --settings")
     from quarot_fx.cli.settings_file import read_settings
