@@ -13,6 +13,13 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
+from quarot_fx.cli.calibration import (
+    CalibrationSamples,
+    CalibrationText,
+    GPTQAssignments,
+    LearningAssignments,
+    check_calibration_text,
+)
 from quarot_fx.cli.settings import (
     DEFAULT_SETTINGS,
     OptionAssignments,
@@ -21,6 +28,7 @@ from quarot_fx.cli.settings import (
     parse_learning_options,
     parse_options,
     parse_setting,
+    split_settings,
 )
 from quarot_fx.errors import NotFoundError, OptionError, QuarotError
 
@@ -45,17 +53,10 @@ def evaluate(
         Path | None, typer.Option(help="A .json or .toml file of settings instead, each with options of its own.")
     ] = None,
     option: OptionAssignments = None,
-    calibration: Annotated[
-        str | None,
-        typer.Option(help="What settings with -gptq or -learned are fitted to: a text file, 'wikitext2', 'c4', ..."),
-    ] = None,
-    samples: Annotated[int, typer.Option(min=1, help="Calibration windows, as long as the others.")] = 128,
-    gptq: Annotated[
-        list[str] | None, typer.Option(metavar="NAME=VALUE", help="A field of GPTQOptions: act_order=True.")
-    ] = None,
-    learning: Annotated[
-        list[str] | None, typer.Option(metavar="NAME=VALUE", help="A field of LearningOptions: steps=200.")
-    ] = None,
+    calibration: CalibrationText = None,
+    samples: CalibrationSamples = 128,
+    gptq: GPTQAssignments = None,
+    learning: LearningAssignments = None,
     nested_backend: Annotated[str, typer.Option(help="What compiles the rewritten graph.")] = "eager",
     device: Annotated[str, typer.Option(help="cpu, cuda, ...")] = "cpu",
     json_file: Annotated[
@@ -69,10 +70,8 @@ def evaluate(
     chosen = _settings(settings, settings_file, options)
     if tasks is None and (include_path is not None or limit is not None):
         raise OptionError(name="tasks", value=None, reason="--include-path and --limit are about tasks: name some")
-
-    in_need = [one.name for one in chosen if one.gptq is not None or one.learning is not None]
-    if calibration is None and in_need:
-        raise OptionError(name="calibration", value=None, reason=f"{in_need[0]} needs a text to calibrate on")
+    for setting in chosen:
+        check_calibration_text(calibration, setting)
 
     from quarot_fx.calibration.data import calibration_tokens
     from quarot_fx.cli.environment import describe_environment
@@ -109,12 +108,15 @@ def evaluate(
     packages = () if harness is None else ("lm-eval", "datasets")
     about |= {"nested_backend": nested_backend, **describe_environment(device, others=packages)}
     results = Results(f"{model}: {'; '.join(one.title for one in measured)}", about)
-    for setting in chosen:
+    for chosen_setting in chosen:
+        setting = chosen_setting
         row: dict[str, Any] = {"setting": setting.name, "options": setting.options}
         try:
-            prepared, record = prepare(network, setting, calibration_ids, gptq_options, learning_options)
-            row |= record
-            runnable = compile_model(network, prepared, nested_backend)
+            if setting.needs_calibration and calibration_ids is not None:
+                prepared = prepare(network, setting, calibration_ids, gptq_options, learning_options)
+                setting = prepared.setting
+                row |= prepared.results()
+            runnable = compile_model(network, setting, nested_backend)
             if of_text is not None:
                 row |= asdict(measure(runnable, of_text.token_ids, setting.name, batch))
             if harness is not None:
@@ -142,7 +144,7 @@ def evaluate(
 def _settings(names: str | None, file: Path | None, options: Mapping[str, Any]) -> list[Setting]:
     """Return the settings that the command line or a file names; the usual ones if neither does."""
     if file is None:
-        return [parse_setting(name, options) for name in (DEFAULT_SETTINGS if names is None else names.split(","))]
+        return [parse_setting(name, options) for name in (DEFAULT_SETTINGS if names is None else split_settings(names))]
     if names is not None:
         raise OptionError(name="settings-file", value=str(file), reason="comes instead of --settings")
     from quarot_fx.cli.settings_file import read_settings
