@@ -41,6 +41,22 @@ def as_float32(x):
 
 
 @triton.jit
+def round_pairs_to(x, dtype: tl.constexpr):
+    """Round float32 to a type of 16 bits, half to even, two neighbours of a thread by one instruction."""
+    if INTERPRETED:
+        y = round_to(x, dtype)
+    elif dtype == tl.bfloat16:
+        y = tl.inline_asm_elementwise(
+            "cvt.rn.bf16x2.f32 $0, $2, $1;", "=r,f,f", [x], dtype=tl.bfloat16, is_pure=True, pack=2
+        )
+    else:
+        y = tl.inline_asm_elementwise(
+            "cvt.rn.f16x2.f32 $0, $2, $1;", "=r,f,f", [x], dtype=tl.float16, is_pure=True, pack=2
+        )
+    return y
+
+
+@triton.jit
 def dot(a, b, PRECISION: tl.constexpr):
     """Return the float32 product of two matrices of one floating-point type."""
     if INTERPRETED:  # it holds bfloat16 as integers, and multiplies these

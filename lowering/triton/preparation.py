@@ -12,6 +12,7 @@ from typing import Any
 from torch import Tensor
 
 from quarot_fx.lowering.triton.rotation_matrices import head_matrix, matrices, possible_splits, split
+from quarot_fx.ops.append_pair import arguments_of_each
 from quarot_fx.rotation import Rotation
 
 
@@ -35,9 +36,15 @@ def _append(*args: Any) -> None:
         head_matrix(rotation, x.shape[-1], x.device, x.dtype)
 
 
+def _append_pair(*args: Any) -> None:
+    for each in arguments_of_each(*args):
+        _append(*each)
+
+
 PREPARATIONS: dict[str, Callable[..., None]] = {
     "append": _append,
     "append_dequantize": _append,
+    "append_pair": _append_pair,
     "rope_rotate": _rope_rotate,
     "rotate": _rotate,
     "rotate_quantize": _rotate_quantize,

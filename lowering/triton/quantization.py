@@ -133,7 +133,9 @@ def _maximum(rows):
 
 @triton.jit
 def encode_asymmetric(rows, clip, BITS: tl.constexpr):
-    """Return codes of float32 [rows, elements], and a scale and a zero point for each row, all float32.
+    """Return codes of float32 [rows, elements] less a zero point, and a scale and the zero point of each row.
+
+    All are float32; the codes are still ``ROUND_TO_INTEGER`` too large, so that their last bits are integers.
 
     ``quarot::quantize_asymmetric`` defines the numbers, and these are the same, if products and sums are not contracted
     and scales are normal numbers. Masked elements must be 0, which is in any range.
@@ -146,7 +148,7 @@ def encode_asymmetric(rows, clip, BITS: tl.constexpr):
     highest = tl.where(step < float("inf"), HIGHEST, 0.0)  # a row with a value that is not finite has one code only
     zero = _clamped(divide_scalars(-low, step) + ROUND_TO_INTEGER, None, 0.0, highest) - ROUND_TO_INTEGER
     quotients = _divide_rows(rows, step)
-    codes = _clamped(quotients + ROUND_TO_INTEGER, zero[:, None], 0.0, highest[:, None]) - ROUND_TO_INTEGER
+    codes = _clamped(quotients + ROUND_TO_INTEGER, None, -zero[:, None], (highest - zero)[:, None])
     return codes, step, zero
 
 

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from quarot_fx.lowering.triton.device import FIRST_FLOAT8, FIRST_SUPPORTED, describe, runs_interpreted
 from quarot_fx.lowering.triton.rotation_matrices import Split, split, split_of
+from quarot_fx.ops.append_pair import arguments_of_each
 from quarot_fx.rotation import Rotation
 
 LARGEST_ROW = 65536  # elements that one program holds in registers
@@ -149,6 +150,11 @@ def _append(
     return _reason_against_head(size) or _reason_against_bits(bits)
 
 
+def _append_pair(*args: Any) -> str | None:
+    keys, values = arguments_of_each(*args)
+    return _append(*keys) or _append(*values)
+
+
 def _reason_against_bits(bits: int) -> str | None:
     return None if bits in PACKED_BITS else f"codes of {bits} bits have no kernel; those of 2, 4 and 8 have"
 
@@ -215,6 +221,7 @@ def _reason_against_attention(q: Tensor, k: Tensor, v_size: int, mask: Tensor | 
 REASONS: dict[str, Callable[..., str | None]] = {
     "append": _append,
     "append_dequantize": _append,
+    "append_pair": _append_pair,
     "attend": _attend,
     "attend_packed": _attend_packed,
     "gated_int_linear": _gated_int_linear,
