@@ -18,6 +18,7 @@ from quarot_fx.cli.settings import (
     OptionAssignments,
     Setting,
     parse_gptq_options,
+    parse_learning_options,
     parse_options,
     parse_setting,
 )
@@ -45,11 +46,15 @@ def evaluate(
     ] = None,
     option: OptionAssignments = None,
     calibration: Annotated[
-        str | None, typer.Option(help="What settings with -gptq are calibrated on: a text file, 'wikitext2', 'c4', ...")
+        str | None,
+        typer.Option(help="What settings with -gptq or -learned are fitted to: a text file, 'wikitext2', 'c4', ..."),
     ] = None,
     samples: Annotated[int, typer.Option(min=1, help="Calibration windows, as long as the others.")] = 128,
     gptq: Annotated[
         list[str] | None, typer.Option(metavar="NAME=VALUE", help="A field of GPTQOptions: act_order=True.")
+    ] = None,
+    learning: Annotated[
+        list[str] | None, typer.Option(metavar="NAME=VALUE", help="A field of LearningOptions: steps=200.")
     ] = None,
     nested_backend: Annotated[str, typer.Option(help="What compiles the rewritten graph.")] = "eager",
     device: Annotated[str, typer.Option(help="cpu, cuda, ...")] = "cpu",
@@ -59,19 +64,21 @@ def evaluate(
     markdown_file: Annotated[Path | None, typer.Option("--markdown", help="Also write the table here.")] = None,
 ) -> None:
     """Measure perplexity and zero-shot tasks under each setting, next to the float model's."""
-    options, gptq_options = parse_options(option or ()), parse_gptq_options(gptq or ())
+    options = parse_options(option or ())
+    gptq_options, learning_options = parse_gptq_options(gptq or ()), parse_learning_options(learning or ())
     chosen = _settings(settings, settings_file, options)
     if tasks is None and (include_path is not None or limit is not None):
         raise OptionError(name="tasks", value=None, reason="--include-path and --limit are about tasks: name some")
 
-    if calibration is None and any(setting.gptq is not None for setting in chosen):
-        raise OptionError(name="calibration", value=None, reason="a setting with -gptq needs a text to calibrate on")
+    in_need = [one.name for one in chosen if one.gptq is not None or one.learning is not None]
+    if calibration is None and in_need:
+        raise OptionError(name="calibration", value=None, reason=f"{in_need[0]} needs a text to calibrate on")
 
-    import quarot_fx
     from quarot_fx.calibration.data import calibration_tokens
     from quarot_fx.cli.environment import describe_environment
     from quarot_fx.cli.models import compile_model, load_model
     from quarot_fx.cli.perplexity import measure
+    from quarot_fx.cli.preparation import prepare
     from quarot_fx.cli.results import Results
     from quarot_fx.cli.tasks import Tasks
     from quarot_fx.cli.windows import TextWindows
@@ -105,11 +112,9 @@ def evaluate(
     for setting in chosen:
         row: dict[str, Any] = {"setting": setting.name, "options": setting.options}
         try:
-            if setting.gptq is not None and calibration_ids is not None:
-                how = quarot_fx.GPTQOptions.from_options({**gptq_options, **setting.gptq})
-                report = quarot_fx.calibrate(network, calibration_ids, gptq=how, **(setting.options or {}))
-                row |= {"gptq": asdict(how), "calibration_seconds": report.seconds}
-            runnable = compile_model(network, setting, nested_backend)
+            prepared, record = prepare(network, setting, calibration_ids, gptq_options, learning_options)
+            row |= record
+            runnable = compile_model(network, prepared, nested_backend)
             if of_text is not None:
                 row |= asdict(measure(runnable, of_text.token_ids, setting.name, batch))
             if harness is not None:

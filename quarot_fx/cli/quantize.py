@@ -22,9 +22,13 @@ def quantize(
     max_shard_size: Annotated[str, typer.Option(help="Of a file.")] = "2GB",
 ) -> None:
     """Quantise a model, and write what `quarot_fx.load` and `from_pretrained` read, with its tokenizer."""
-    options = parse_setting(setting, parse_options(option or ())).options
+    chosen = parse_setting(setting, parse_options(option or ()))
+    options = chosen.options
     if options is None:
         raise OptionError(name="setting", value=setting, reason="rewrites nothing; did you mean 'rotated'?")
+    if chosen.learning is not None:
+        reason = "learns nothing here: give a folder of rotations, -o learned_rotations=FOLDER"
+        raise OptionError(name="setting", value=setting, reason=reason)
     if dtype not in ("float32", "bfloat16", "float16"):
         raise OptionError(name="dtype", value=dtype, reason="must be float32, bfloat16 or float16")
 
