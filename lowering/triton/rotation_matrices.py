@@ -28,6 +28,7 @@ SHORT_ROW = 4096  # elements; shorter rows are taken several at a time
 PASS_COST = 64  # multiply-adds that a pass of an element through shared memory takes the time of
 SMALLEST_BLOCK = 16  # of a tensor core's operand
 SLAB = 256  # elements of a row that a warp rotates by itself
+HEAD_SLABS = 2048  # elements of slabs of heads that a program rotates at a time
 SLAB_DTYPE = torch.bfloat16  # of activations, the only one that is as wide between products as it is loaded
 # Which bits of an element's place in its slab number the rows of the two matrices that rotate it, the highest first.
 SLAB_BITS = ((1, 4, 3, 0), (2, 7, 6, 5))
@@ -122,6 +123,12 @@ def possible_splits(x: Tensor, rotation: str, inner: int) -> list[Split]:
     parsed, size = Rotation.parse(rotation), x.shape[-1]
     splits = (split(parsed, count * size, inner, x.dtype) for count in _rows_together(x))
     return [cut for cut in splits if cut is not None]
+
+
+def head_slabs(rotation: str, size: int, dtype: torch.dtype) -> Split | None:
+    """Return how HEAD_SLABS elements of heads are rotated in slabs alone, or ``None`` if heads of this size are not."""
+    cut = None if HEAD_SLABS % size else split(Rotation.parse(rotation), HEAD_SLABS, 1, dtype)
+    return cut if cut is not None and cut.in_slabs and not cut.sides[0] else None
 
 
 def _rows_together(x: Tensor) -> list[int]:
