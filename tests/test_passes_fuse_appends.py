@@ -89,7 +89,8 @@ def fused(module, scheme=PLAIN, count=3):
 
 
 def embedded(x):
-    angle = (torch.arange(x.shape[2])[:, None] * 0.1 ** torch.arange(SIZE // 2).repeat(2))[None]
+    place, pair = (torch.arange(count, device=x.device) for count in (x.shape[2], SIZE // 2))
+    angle = (place[:, None] * 0.1 ** pair.repeat(2))[None]
     return quarot.rope_rotate(x, angle.cos(), angle.sin(), ROTATION)
 
 
@@ -274,8 +275,8 @@ class Layers(torch.nn.Module):
         self.layers, self.is_empty = torch.nn.ModuleList([Layer(), Layer()]), is_empty
 
     def forward(self, x, length, *held):
-        position = torch.arange(x.shape[1]) + length
-        mask = None if self.is_empty else torch.arange(CAPACITY) <= position[:, None]
+        position = torch.arange(x.shape[1], device=x.device) + length
+        mask = None if self.is_empty else torch.arange(CAPACITY, device=x.device) <= position[:, None]
         for index, layer in enumerate(self.layers):
             x = layer(x, position, mask, held[6 * index : 6 * index + 3], held[6 * index + 3 : 6 * index + 6])
         length.add_(x.shape[1])
@@ -285,10 +286,11 @@ class Layers(torch.nn.Module):
 PASSES = FuseAttention, FusePackedAttention, FuseAppends
 
 
-def layers(is_empty):
+def layers(is_empty, device="cpu"):
     count = 5 if is_empty else 1
     inputs = [tokens(BATCH, count, 16), torch.tensor(0), *(tensor for _ in range(4) for tensor in cache())]
-    return captured(Layers(is_empty), *inputs), inputs
+    inputs = [tensor.to(device) for tensor in inputs]
+    return captured(Layers(is_empty).to(device), *inputs), inputs
 
 
 def test_two_layers_take_a_prompt_and_tokens_as_before():
@@ -346,7 +348,7 @@ def test_the_compiler_of_the_rest_copies_no_cache(is_static):
 @pytest.mark.kernels
 def test_kernels_append_and_attend():
     pytest.importorskip("triton")
-    program, inputs = layers(False)
+    program, inputs = layers(False, "cuda" if torch.cuda.is_available() else "cpu")
     result = rewritten(program, *(p() for p in PASSES), LowerOps())
     for name in ("append", "attend_packed"):
         assert node_named(result, f"quarot_triton.{name}.default")

@@ -12,15 +12,8 @@ import triton.language as tl
 from torch import Tensor
 
 from quarot_fx.lowering.triton.device import describe
-from quarot_fx.lowering.triton.language import (
-    dot,
-    encode_asymmetric,
-    keep,
-    let_dependents_start,
-    low_byte,
-    round_to,
-    wait_for_inputs,
-)
+from quarot_fx.lowering.triton.language import dot, keep, let_dependents_start, round_to, wait_for_inputs
+from quarot_fx.lowering.triton.quantization import encode_asymmetric, low_byte
 from quarot_fx.lowering.triton.rope_rotate import embedded_halves, load_halves
 from quarot_fx.lowering.triton.rotate import PRECISIONS, load_matrix
 from quarot_fx.lowering.triton.rotation_matrices import head_matrix, power_of_two_from

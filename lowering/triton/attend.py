@@ -21,17 +21,8 @@ from torch import Tensor
 
 from quarot_fx.lowering.triton import tiles
 from quarot_fx.lowering.triton.device import describe
-from quarot_fx.lowering.triton.language import (
-    code_at,
-    code_offset,
-    codes_as_floats,
-    dot,
-    let_dependents_start,
-    prefetch,
-    round_to,
-    rounds,
-    wait_for_inputs,
-)
+from quarot_fx.lowering.triton.language import dot, let_dependents_start, prefetch, round_to, rounds, wait_for_inputs
+from quarot_fx.lowering.triton.packed_codes import code_at, code_offset, codes_as_floats
 from quarot_fx.lowering.triton.rotation_matrices import SMALLEST_BLOCK, power_of_two_from
 
 MOST_SPLITS = 128

@@ -8,7 +8,8 @@ import triton.language as tl
 from torch import Tensor
 
 from quarot_fx.lowering.triton.device import Device, describe
-from quarot_fx.lowering.triton.language import let_dependents_start, store_quantized, wait_for_inputs
+from quarot_fx.lowering.triton.language import let_dependents_start, wait_for_inputs
+from quarot_fx.lowering.triton.quantization import store_quantized
 from quarot_fx.lowering.triton.rows import rows_of
 from quarot_fx.ops.quantize_activation import fake_operand
 

@@ -13,7 +13,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from quarot_fx.lowering.triton.language import let_dependents_start, load_activated, store_quantized, wait_for_inputs
+from quarot_fx.lowering.triton.activations import load_activated
+from quarot_fx.lowering.triton.language import let_dependents_start, wait_for_inputs
+from quarot_fx.lowering.triton.quantization import store_quantized
 from quarot_fx.lowering.triton.rotate import launch_parameters, load_matrix, places, rotated
 from quarot_fx.lowering.triton.rotate_quantize_parts import launch_parts
 from quarot_fx.lowering.triton.rotation_matrices import matrices, split

@@ -14,15 +14,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from quarot_fx.lowering.triton.language import (
-    dot,
-    let_dependents_start,
-    load_activated,
-    quantization,
-    rows_of_groups,
-    store_codes,
-    wait_for_inputs,
-)
+from quarot_fx.lowering.triton.activations import load_activated
+from quarot_fx.lowering.triton.language import dot, let_dependents_start, wait_for_inputs
+from quarot_fx.lowering.triton.quantization import quantization, rows_of_groups, store_codes
 from quarot_fx.lowering.triton.rotate import between_products, load_matrix, rotated
 from quarot_fx.lowering.triton.rotation_matrices import power_of_two_from
 
