@@ -7,8 +7,8 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from quarot_fx.cache.formats import Format, PlainFormat, QuantizedFormat
-from quarot_fx.config import UNQUANTIZED_BITS, check_bits, check_clip, check_group
-from quarot_fx.errors import UnknownOptionError
+from quarot_fx.config import UNQUANTIZED_BITS, QuarotConfig, check_bits, check_clip, check_group
+from quarot_fx.errors import OptionError, UnknownOptionError
 
 ROTATIONS = ("hadamard", "none")
 
@@ -57,6 +57,19 @@ class CacheOptions:
             if name not in known:
                 raise UnknownOptionError("option of a cache", name, known)
         return cls(**options)
+
+    @classmethod
+    def of_config(cls, config: QuarotConfig) -> CacheOptions:
+        """Return how a cache codes what a graph without one quantises by these options. Where the graph rotates, the
+        cache does by a Hadamard matrix, with ``rotation="random"``, too.
+
+        Raises:
+            OptionError: codes are to be symmetric; those of a cache have a zero point.
+        """
+        if config.kv_sym and min(config.k_bits, config.v_bits) < UNQUANTIZED_BITS:
+            raise OptionError(name="kv_sym", value=True, reason="codes of a cache have a zero point")
+        rotation = "none" if config.rotation == "none" else "hadamard"
+        return cls(config.k_bits, config.v_bits, group=config.kv_group, clip=config.kv_clip, rotation=rotation)
 
     def formats(self) -> tuple[Format, Format]:
         """Return the formats of keys and of values."""

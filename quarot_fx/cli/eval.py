@@ -33,6 +33,9 @@ def evaluate(
     windows: Annotated[int | None, typer.Option(min=1, help="Only the first N windows.")] = None,
     window_length: Annotated[int, typer.Option(min=2, help="Tokens in a window.")] = 2048,
     batch: Annotated[int, typer.Option(min=1, help="Windows that the model gets at a time.")] = 1,
+    chunk: Annotated[
+        int | None, typer.Option(min=1, help="Give windows so many tokens at a time, through a KV cache of few bits.")
+    ] = None,
     tasks: Annotated[str | None, typer.Option(help="Tasks of lm-eval, separated by commas: piqa,arc_easy.")] = None,
     include_path: Annotated[Path | None, typer.Option(help="A folder of tasks in lm-eval's format.")] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Only the first N questions of a task.")] = None,
@@ -63,12 +66,14 @@ def evaluate(
     chosen = _settings(settings, settings_file, options)
     if tasks is None and (include_path is not None or limit is not None):
         raise OptionError(name="tasks", value=None, reason="--include-path and --limit are about tasks: name some")
-
+    if chunk is not None and text is None and tasks is not None:
+        raise OptionError(name="chunk", value=chunk, reason="is about windows of a text, and there is none")
     if calibration is None and any(setting.gptq is not None for setting in chosen):
         raise OptionError(name="calibration", value=None, reason="a setting with -gptq needs a text to calibrate on")
 
     import quarot_fx
     from quarot_fx.calibration.data import calibration_tokens
+    from quarot_fx.cli.chunks import InChunks, cache_options
     from quarot_fx.cli.environment import describe_environment
     from quarot_fx.cli.models import compile_model, load_model
     from quarot_fx.cli.perplexity import measure
@@ -110,8 +115,13 @@ def evaluate(
                 report = quarot_fx.calibrate(network, calibration_ids, gptq=how, **(setting.options or {}))
                 row |= {"gptq": asdict(how), "calibration_seconds": report.seconds}
             runnable = compile_model(network, setting, nested_backend)
+            scored = runnable
+            if chunk is not None:
+                scored = InChunks(runnable, network, cache_options(setting.options), chunk, room=window_length)
             if of_text is not None:
-                row |= asdict(measure(runnable, of_text.token_ids, setting.name, batch))
+                row |= asdict(measure(scored, of_text.token_ids, setting.name, batch))
+            if chunk is not None:
+                row["cache"] = scored.about
             if harness is not None:
                 row |= harness.measure(runnable, network, tokenizer)
         except QuarotError as error:
