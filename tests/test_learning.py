@@ -22,7 +22,7 @@ from quarot_fx.errors import (
     UnknownOptionError,
 )
 from quarot_fx.float64 import relative_difference
-from quarot_fx.learning.learn import _batches
+from quarot_fx.learning.learn import _batches, _cut
 from quarot_fx.learning.options import LearningOptions
 from quarot_fx.learning.rotations import LearnedRotation, LearnedRotations
 from quarot_fx.rotation import Rotation
@@ -104,6 +104,15 @@ def test_the_same_seed_gives_the_same_rotations():
     assert first.losses == again.losses
     assert first != other
     assert first != learn(model, ids(), {**SHORT, "batch": 1}, seed=1)  # another start
+
+
+def test_long_sequences_are_cut():
+    tokens = torch.arange(14).view(2, 7)
+    assert _cut(tokens, 3).tolist() == [[0, 1, 2], [3, 4, 5], [7, 8, 9], [10, 11, 12]]
+    assert torch.equal(_cut(tokens, None), tokens)
+    assert torch.equal(_cut(tokens, 8), tokens)
+    model = fill(Decoder())
+    assert learn(model, ids(2, 13), {**SHORT, "length": 6}) == learn(model, _cut(ids(2, 13), 6))
 
 
 def test_all_sequences_come_in_turn():
@@ -248,6 +257,7 @@ def test_too_few_sequences():
     [
         ({"steps": 0}, "option steps=0: must be an integer, 1 or more"),
         ({"batch": 1.5}, "must be an integer, 1 or more"),
+        ({"length": 1}, "must be an integer, 2 or more"),
         ({"seed": -1}, "must be an integer, 0 or more"),
         ({"rate": 0}, r"must be an angle in \(0, 1\] radians"),
         ({"heads": 1}, "must be True or False"),

@@ -116,7 +116,7 @@ def _rotate_quantize(
         return reason
     if group is not None and group != x.shape[-1]:
         return "groups of a rotated row have no kernel"
-    return _reason_against_split(x, split(Rotation.parse(rotation), x.shape[-1], inner), rotation)
+    return _reason_against_split(x, split(Rotation.parse(rotation), x.shape[-1], inner, x.dtype), rotation)
 
 
 def _rope_rotate(x: Tensor, cos: Tensor, sin: Tensor, rotation: str) -> str | None:

@@ -71,7 +71,7 @@ def learn_rotations(
     start = time.perf_counter()
     config = QuarotConfig.from_options(options)
     how = learning if isinstance(learning, LearningOptions) else LearningOptions.from_options(learning)
-    tokens = calibration_tokens(data, tokenizer, samples, length, config.seed).to(device_of(model))
+    tokens = _cut(calibration_tokens(data, tokenizer, samples, length, config.seed), how.length).to(device_of(model))
     if len(tokens) < how.batch:
         reason = f"{len(tokens)} sequences are less than a batch of {how.batch}"
         raise CalibrationDataError(reason=reason, remedy="Give more, or a smaller batch.")
@@ -90,6 +90,12 @@ def learn_rotations(
         for matrix, (_, absorbed_by) in zip(optimizer.matrices, free.values(), strict=True)
     ]
     return LearnedRotations(learned, asdict(how), losses, time.perf_counter() - start)
+
+
+def _cut(tokens: Tensor, length: int | None) -> Tensor:
+    """Return sequences [n, length] in as many pieces as they have, without their ends that fill none."""
+    pieces = 1 if length is None else max(1, tokens.shape[1] // length)
+    return tokens if length is None else tokens[:, : pieces * length].reshape(len(tokens) * pieces, -1)
 
 
 def _free_bases(programs: Programs, options: LearningOptions) -> dict[int, tuple[str, tuple[str, ...]]]:

@@ -19,6 +19,8 @@ class LearningOptions:
     Attributes:
         steps: of the optimiser.
         batch: sequences in a step.
+        length: tokens of a sequence: longer ones are cut into several; ``None`` takes them as they are. Attention, and
+            so a step, costs less for more and shorter ones.
         rate: the angle, in radians, that each axis is turned by in the first steps; it falls to 0 along a cosine.
         loss: ``"divergence"``, that of Kullback and Leibler of the predictions from the float model's; or
             ``"cross-entropy"``, of the next token.
@@ -37,6 +39,7 @@ class LearningOptions:
 
     steps: int = 100
     batch: int = 4
+    length: int | None = None
     rate: float = 0.03
     loss: str = "divergence"
     weights: str = "float"
@@ -45,8 +48,10 @@ class LearningOptions:
     recompute: bool = True
 
     def __post_init__(self) -> None:
-        for name, least in (("steps", 1), ("batch", 1), ("seed", 0)):
+        for name, least in (("steps", 1), ("batch", 1), ("length", 2), ("seed", 0)):
             value = getattr(self, name)
+            if name == "length" and value is None:
+                continue
             if not isinstance(value, int) or isinstance(value, bool) or value < least:
                 raise OptionError(name=name, value=value, reason=f"must be an integer, {least} or more")
         if isinstance(self.rate, bool) or not isinstance(self.rate, int | float) or not 0 < self.rate <= 1:
