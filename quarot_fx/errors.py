@@ -185,18 +185,34 @@ class NotCalibratedError(QuarotError):
     """A weight is to be rounded by calibration, and there was none for this form of it."""
 
     template = (
-        "weight {parameter!r} is to be rounded by w_rounding={rounding!r}, and no calibration has rounded it as it is "
+        "weight {parameter!r} is to be rounded by {how}, and no calibration has rounded it as it is "
         "rotated and quantised here. Call quarot_fx.calibrate(model, data, ...) with the same options before."
     )
 
 
-class NothingToCalibrateError(QuarotError, ValueError):
-    """Calibration was asked for, and no weight of the model is rounded by it."""
+class ClipNotCalibratedError(QuarotError):
+    """A clip ratio is to be found by calibration, and is not known."""
 
     template = (
-        "the model has no weight to calibrate: under these options no linear layer is quantised with "
-        "w_rounding='gptq'. quarot_fx.explain(model, inputs, ...) says why not."
+        "{option}={value!r} of {where} is a ratio that calibration finds. Call calibration = "
+        "quarot_fx.calibrate(model, data, ...) with the same options before, and give calibration.options to the "
+        "backend: the ratios are there."
     )
+
+
+class NothingToCalibrateError(QuarotError, ValueError):
+    """Calibration was asked for, and nothing of the model depends on it."""
+
+    template = (
+        "the model has nothing to calibrate: under these options no linear layer is quantised with w_rounding='gptq', "
+        "w_clip='output' or a_clip='output'. quarot_fx.explain(model, inputs, ...) says why not."
+    )
+
+
+class BitsBudgetError(QuarotError, ValueError):
+    """A budget of bits that no choice of widths meets."""
+
+    template = "bits_budget={budget:g} cannot be met: {reason}. {remedy}"
 
 
 class HessianError(QuarotError, ArithmeticError):

@@ -62,6 +62,7 @@ class LinearRecord:
         reason: why it is rotated online, or why it is not rotated or not quantised; or that the rotation was learned.
         role: ``"head"`` or ``"router"``, which keep their precision, or nothing.
         rounding: of the weight, ``"nearest"`` or ``"gptq"``; empty if it is left alone.
+        a_clip: ratio that the activation is clipped at; ``None`` if it is left alone.
     """
 
     parameter: str
@@ -71,6 +72,7 @@ class LinearRecord:
     reason: str = ""
     role: str = ""
     rounding: str = ""
+    a_clip: float | None = None
 
     @property
     def bits(self) -> str:

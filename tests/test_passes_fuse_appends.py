@@ -14,6 +14,7 @@ from quarot_fx.passes.fuse_appends import FuseAppends
 from quarot_fx.passes.fuse_attention import FuseAttention
 from quarot_fx.passes.fuse_packed_attention import FusePackedAttention
 from quarot_fx.passes.lower_ops import LowerOps
+from quarot_fx.passes.pair_appends import PairAppends
 from quarot_fx.passes.quantize_caches import QuantizeCaches
 from quarot_fx.store import WeightStore
 
@@ -283,7 +284,7 @@ class Layers(torch.nn.Module):
         return x
 
 
-PASSES = FuseAttention, FusePackedAttention, FuseAppends
+PASSES = FuseAttention, FusePackedAttention, FuseAppends, PairAppends
 
 
 def layers(is_empty, device="cpu"):
@@ -298,8 +299,8 @@ def test_two_layers_take_a_prompt_and_tokens_as_before():
     fast_prompt, fast_step = (rewritten(one, *(p(REFERENCE) for p in PASSES)) for one in (prompt, step))
     assert targets(fast_prompt).count("append_dequantize") == 4
     assert targets(fast_step).count("attend_packed") == 2
-    ops = [op for op in targets(fast_step) if op in ("append", "attend_packed")]
-    assert ops == ["append", "append", "attend_packed"] * 2
+    ops = [op for op in targets(fast_step) if op in ("append", "append_pair", "attend_packed")]
+    assert ops == ["append_pair", "attend_packed"] * 2
     assert not {"unpack", "dequantize", "index_copy", "scaled_dot_product_attention"} & set(targets(fast_step))
     x, *state = inputs
     ours, theirs = ([tensor.clone() for tensor in state] for _ in range(2))
@@ -339,7 +340,7 @@ def test_the_compiler_of_the_rest_copies_no_cache(is_static):
     torch.testing.assert_close(compiled[0], expected[0], rtol=1e-5, atol=1e-4)
     torch.testing.assert_close(inputs[1:], expected_inputs[1:], rtol=1e-5, atol=1e-5)
     call = code[code.index("def call") :]
-    assert call.count("torch.ops.quarot.append.default(arg") == 4
+    assert call.count("torch.ops.quarot.append_pair.default(arg") == 2
     assert f"({BATCH}, {HEADS}, {CAPACITY}, {SIZE // 2})" not in "".join(
         line for line in call.splitlines() if "empty_strided" in line
     )
@@ -350,7 +351,7 @@ def test_kernels_append_and_attend():
     pytest.importorskip("triton")
     program, inputs = layers(False, "cuda" if torch.cuda.is_available() else "cpu")
     result = rewritten(program, *(p() for p in PASSES), LowerOps())
-    for name in ("append", "attend_packed"):
+    for name in ("append_pair", "attend_packed"):
         assert node_named(result, f"quarot_triton.{name}.default")
     ours, theirs = ([tensor.clone() for tensor in inputs] for _ in range(2))
     with torch.no_grad():

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
+from triton import constexpr_function
 
 from quarot_fx.lowering.triton.language import INTERPRETED, round_to
 
@@ -74,56 +75,89 @@ def high_nibbles(packed):
     return result
 
 
-def _words_to_floats(bits: int, upper: int) -> str:
-    """Return PTX that makes 16-bit floats of the codes in two words: the last bits of what has these upper bits.
+BFLOAT16_OFFSET = tl.constexpr(128)  # 0x4300, whose last bit stands for 1
+
+
+@constexpr_function
+def _neighbours_to_floats(bits, dtype):
+    """Return PTX that makes 16-bit floats of the codes in two words; a register holds the same code of both.
 
     Equal halves of both words are put side by side, so that two codes take one shift, and one ``lop3`` that masks them
-    and sets the upper bits. A register holds the same code of both.
+    and sets the upper bits.
     """
     count = 32 // bits
-    mask, uppers = (2**bits - 1) * 0x00010001, upper * 0x00010001
+    if bits == 8 and dtype == tl.bfloat16:
+        return _bytes_to_bfloat16([(word, byte) for byte in range(4) for word in range(2)])
     lines = [f"prmt.b32 halves, ${count}, ${count + 1}, 0x5410;"]
     for code in range(count):
         if code == count // 2:
             lines.append(f"prmt.b32 halves, ${count}, ${count + 1}, 0x7632;")
-        lines.append(f"shr.u32 shifted, halves, {bits * code % 16};")
-        lines.append(f"lop3.b32 ${code}, shifted, {mask:#x}, {uppers:#x}, 0xEA;")  # (a & b) | c
+        lines += _two_codes_to_floats(code, "halves", code % (count // 2), bits, dtype)
     return f"{{ .reg .b32 halves, shifted; {' '.join(lines)} }}"
 
 
-def _bytes_to_bfloat16() -> str:
-    """Return PTX for codes of 8 bits, all that a bfloat16 has: they are made the last bits of 2^23 in float32 first."""
+@constexpr_function
+def _halves_to_floats(bits, dtype):
+    """Return PTX that makes 16-bit floats of the codes in two words; a register holds one code of each half of one."""
+    count = 32 // bits
+    if bits == 8 and dtype == tl.bfloat16:
+        return _bytes_to_bfloat16([(word, byte) for word in range(2) for byte in (0, 2, 1, 3)])
     lines = []
-    for code in range(4):
-        for name, word in (("low", "$4"), ("high", "$5")):
-            lines.append(f"prmt.b32 bits, {word}, 0x4B000000, {0x7540 | code:#x}; mov.b32 {name}, bits;")
-            lines.append(f"sub.f32 {name}, {name}, 0f4B000000;")
-        lines.append(f"cvt.rn.bf16x2.f32 ${code}, high, low;")
-    return f"{{ .reg .b32 bits; .reg .f32 low, high; {' '.join(lines)} }}"
+    for word in range(2):
+        for code in range(count // 2):
+            lines += _two_codes_to_floats(word * count // 2 + code, f"${count + word}", code, bits, dtype)
+    return f"{{ .reg .b32 shifted; {' '.join(lines)} }}"
 
 
-def _registers(count: int) -> str:
+@constexpr_function
+def _two_codes_to_floats(result, halves, code, bits, dtype):
+    """Return PTX for a code of each half of a word: bits of the significand of what is ``code_offset`` without them.
+
+    They are its last bits in bfloat16, which takes one shift less, and its first ones in float16, whose significand has
+    more: the smaller an offset, the less of a float32 is lost where it is taken off.
+    """
+    place = 0 if dtype == tl.bfloat16 else 10 - bits
+    mask = ((2**bits - 1) << place) * 0x00010001
+    uppers = (0x4300 if dtype == tl.bfloat16 else (15 + bits) << 10) * 0x00010001
+    shift = bits * code - place
+    return [
+        f"shr.u32 shifted, {halves}, {shift};" if shift >= 0 else f"shl.b32 shifted, {halves}, {-shift};",
+        f"lop3.b32 ${result}, shifted, {mask:#x}, {uppers:#x}, 0xEA;",  # (a & b) | c
+    ]
+
+
+@constexpr_function
+def _bytes_to_bfloat16(places):
+    """Return PTX for codes of 8 bits, all that a bfloat16 has: they are made the last bits of 2^23 in float32 first.
+
+    Places are those of codes, of which two in turn share a register: a word and a byte of it.
+    """
+    lines: list[str] = []
+    for place in places:
+        half = "high" if len(lines) % 2 else "low"
+        lines.append(
+            f"prmt.b32 bits, ${4 + place[0]}, 0x4B000000, {0x7540 | place[1]:#x}; mov.b32 {half}, bits; "
+            f"sub.f32 {half}, {half}, 0f4B000000;"
+        )
+    pairs = [f"{lines[i]} {lines[i + 1]} cvt.rn.bf16x2.f32 ${i // 2}, high, low;" for i in range(0, len(lines), 2)]
+    return f"{{ .reg .b32 bits; .reg .f32 low, high; {' '.join(pairs)} }}"
+
+
+@constexpr_function
+def _registers(count):
     return ",".join(["=&r"] * count + ["r", "r"])
 
 
-BFLOAT16_OFFSET = tl.constexpr(128)  # 0x4300, whose last bit stands for 1
-FLOAT16_OFFSET = tl.constexpr(1024)  # 0x6400, likewise
-CODES_2_AS_BFLOAT16 = tl.constexpr(_words_to_floats(2, 0x4300))
-CODES_2_AS_FLOAT16 = tl.constexpr(_words_to_floats(2, 0x6400))
-CODES_4_AS_BFLOAT16 = tl.constexpr(_words_to_floats(4, 0x4300))
-CODES_4_AS_FLOAT16 = tl.constexpr(_words_to_floats(4, 0x6400))
-CODES_8_AS_BFLOAT16 = tl.constexpr(_bytes_to_bfloat16())
-CODES_8_AS_FLOAT16 = tl.constexpr(_words_to_floats(8, 0x6400))
-REGISTERS_2, REGISTERS_4, REGISTERS_8 = (tl.constexpr(_registers(count)) for count in (16, 8, 4))
-BFLOAT16S_2, BFLOAT16S_4, BFLOAT16S_8 = (tl.constexpr((tl.bfloat16,) * count) for count in (16, 8, 4))
-FLOAT16S_2, FLOAT16S_4, FLOAT16S_8 = (tl.constexpr((tl.float16,) * count) for count in (16, 8, 4))
+@constexpr_function
+def _repeated(dtype, count):
+    return (dtype,) * count
 
 
 @triton.jit
 def code_offset(BITS: tl.constexpr, dtype: tl.constexpr):
-    """Return what ``codes_as_floats`` adds to codes."""
+    """Return what is added to codes when they are made floats."""
     of_bfloat16: tl.constexpr = BFLOAT16_OFFSET if dtype == tl.bfloat16 and BITS < 8 else 0
-    offset: tl.constexpr = FLOAT16_OFFSET if dtype == tl.float16 else of_bfloat16
+    offset: tl.constexpr = 2**BITS if dtype == tl.float16 else of_bfloat16
     return offset
 
 
@@ -140,48 +174,79 @@ def codes_as_floats(words, BITS: tl.constexpr, dtype: tl.constexpr):
 
     The result is [rows, 32 / BITS * words]; ``code_at`` says which code is where.
     """
-    IS_PLAIN: tl.constexpr = INTERPRETED or dtype == tl.float32
-    is_bfloat16: tl.constexpr = dtype == tl.bfloat16
-    if BITS == 8:
-        if IS_PLAIN:
-            a, b, c, d = words, words >> 8, words >> 16, words >> 24
-        else:
-            asm8: tl.constexpr = CODES_8_AS_BFLOAT16 if is_bfloat16 else CODES_8_AS_FLOAT16
-            types8: tl.constexpr = BFLOAT16S_8 if is_bfloat16 else FLOAT16S_8
-            a, b, c, d = tl.inline_asm_elementwise(asm8, REGISTERS_8, [words], dtype=types8, is_pure=True, pack=2)
-        codes = _joined4(a, b, c, d)
-    elif BITS == 4:
-        if IS_PLAIN:
-            a, b, c, d = words, words >> 4, words >> 8, words >> 12
-            e, f, g, h = words >> 16, words >> 20, words >> 24, words >> 28
-        else:
-            asm4: tl.constexpr = CODES_4_AS_BFLOAT16 if is_bfloat16 else CODES_4_AS_FLOAT16
-            types4: tl.constexpr = BFLOAT16S_4 if is_bfloat16 else FLOAT16S_4
-            a, b, c, d, e, f, g, h = tl.inline_asm_elementwise(
-                asm4, REGISTERS_4, [words], dtype=types4, is_pure=True, pack=2
-            )
-        codes = _joined8(a, b, c, d, e, f, g, h)
-    else:
-        if IS_PLAIN:
-            a, b, c, d = words, words >> 2, words >> 4, words >> 6
-            e, f, g, h = words >> 8, words >> 10, words >> 12, words >> 14
-            i, j, k, m = words >> 16, words >> 18, words >> 20, words >> 22
-            n, o, p, q = words >> 24, words >> 26, words >> 28, words >> 30
-        else:
-            asm2: tl.constexpr = CODES_2_AS_BFLOAT16 if is_bfloat16 else CODES_2_AS_FLOAT16
-            types2: tl.constexpr = BFLOAT16S_2 if is_bfloat16 else FLOAT16S_2
-            a, b, c, d, e, f, g, h, i, j, k, m, n, o, p, q = tl.inline_asm_elementwise(
-                asm2, REGISTERS_2, [words], dtype=types2, is_pure=True, pack=2
-            )
-        codes = tl.join(_joined8(a, c, e, g, i, k, n, p), _joined8(b, d, f, h, j, m, o, q))
     COUNT: tl.constexpr = 32 // BITS
     WORDS: tl.constexpr = words.shape[1]
+    codes = neighbours_as_floats(words, BITS, dtype)
     codes = tl.permute(tl.reshape(codes, (words.shape[0], WORDS // 2, 2, COUNT)), (0, 1, 3, 2))
-    codes = tl.reshape(codes, (words.shape[0], COUNT * WORDS))
-    if IS_PLAIN:
-        offset: tl.constexpr = code_offset(BITS, dtype)
-        codes = round_to((codes & (2**BITS - 1)).to(tl.float32) + offset, dtype)
+    return tl.reshape(codes, (words.shape[0], COUNT * WORDS))
+
+
+@triton.jit
+def neighbours_as_floats(words, BITS: tl.constexpr, dtype: tl.constexpr):
+    """Return the codes of 2, 4 or 8 bits in int32 words, plus ``code_offset``, as floats that are exact.
+
+    The result has the codes of a word along axes of two that are added at the end. A thread's neighbouring words are
+    best those whose codes are wanted in one register.
+    """
+    if INTERPRETED or dtype == tl.float32:
+        codes = _plain_codes(words, BITS, dtype)
+    else:
+        codes = _floats(words, _neighbours_to_floats(BITS, dtype), BITS, dtype)
     return codes
+
+
+@triton.jit
+def halves_as_floats(words, BITS: tl.constexpr, dtype: tl.constexpr):
+    """Return the same codes for int32 words [A, B, words], in another order: two of one word share a register.
+
+    Place ``2 m + p`` of words and ``q n + i`` of codes has code ``p n + i`` of word ``2 m + q``, where n = 16 / BITS.
+    """
+    if INTERPRETED:
+        codes = _plain_codes(words, BITS, dtype)
+        SPLIT: tl.constexpr = (words.shape[0], words.shape[1], words.shape[2] // 2, 2, 2, 16 // BITS)
+        codes = tl.permute(tl.reshape(codes, SPLIT), (0, 1, 2, 4, 3, 5))
+    else:
+        codes = _floats(words, _halves_to_floats(BITS, dtype), BITS, dtype)
+    return codes
+
+
+@triton.jit
+def _floats(words, ASSEMBLY: tl.constexpr, BITS: tl.constexpr, dtype: tl.constexpr):
+    """Return what PTX makes of two neighbouring words, along axes of two that are added at the end."""
+    registers: tl.constexpr = _registers(32 // BITS)
+    types: tl.constexpr = _repeated(dtype, 32 // BITS)
+    if BITS == 8:
+        a, b, c, d = tl.inline_asm_elementwise(ASSEMBLY, registers, [words], dtype=types, is_pure=True, pack=2)
+        codes = _joined4(a, b, c, d)
+    elif BITS == 4:
+        a, b, c, d, e, f, g, h = tl.inline_asm_elementwise(
+            ASSEMBLY, registers, [words], dtype=types, is_pure=True, pack=2
+        )
+        codes = _joined8(a, b, c, d, e, f, g, h)
+    else:
+        a, b, c, d, e, f, g, h, i, j, k, m, n, o, p, q = tl.inline_asm_elementwise(
+            ASSEMBLY, registers, [words], dtype=types, is_pure=True, pack=2
+        )
+        codes = _joined16(a, b, c, d, e, f, g, h, i, j, k, m, n, o, p, q)
+    return codes
+
+
+@triton.jit
+def _plain_codes(words, BITS: tl.constexpr, dtype: tl.constexpr):
+    """Return the codes of words, plus ``code_offset``, along axes of two that are added at the end."""
+    if BITS == 8:
+        codes = _joined4(words, words >> 8, words >> 16, words >> 24)
+    elif BITS == 4:
+        codes = _joined8(
+            words, words >> 4, words >> 8, words >> 12, words >> 16, words >> 20, words >> 24, words >> 28
+        )  # fmt: skip
+    else:
+        codes = _joined16(
+            words, words >> 2, words >> 4, words >> 6, words >> 8, words >> 10, words >> 12, words >> 14,
+            words >> 16, words >> 18, words >> 20, words >> 22, words >> 24, words >> 26, words >> 28, words >> 30,
+        )  # fmt: skip
+    offset: tl.constexpr = code_offset(BITS, dtype)
+    return round_to((codes & (2**BITS - 1)).to(tl.float32) + offset, dtype)
 
 
 @triton.jit
@@ -192,6 +257,11 @@ def _joined4(a, b, c, d):
 @triton.jit
 def _joined8(a, b, c, d, e, f, g, h):
     return tl.join(_joined4(a, c, e, g), _joined4(b, d, f, h))
+
+
+@triton.jit
+def _joined16(a, b, c, d, e, f, g, h, i, j, k, m, n, o, p, q):
+    return tl.join(_joined8(a, c, e, g, i, k, n, p), _joined8(b, d, f, h, j, m, o, q))
 
 
 @triton.jit

@@ -19,9 +19,8 @@ def _maximum_or_nan(a, b):
 
 @triton.jit
 def rows_of_groups(values):
-    """View [groups, A, B] as [groups, A * B] for a reduction; the order within a group may be any."""
-    # One group is a whole tile: its elements are reduced where they are, in registers first.
-    return tl.reshape(values, (values.shape[0], values.shape[1] * values.shape[2]), can_reorder=values.shape[0] == 1)
+    """View [groups, A, B] as [groups, A * B] for a reduction, which leaves elements where they are."""
+    return tl.reshape(values, (values.shape[0], values.shape[1] * values.shape[2]))
 
 
 @triton.jit
@@ -61,10 +60,11 @@ def _clamped(shifted, origin, lowest, highest):
 
 
 @triton.jit
-def quantization(rows, clip, SYMMETRIC: tl.constexpr, BITS: tl.constexpr):
+def quantization(rows, unit, clip, SYMMETRIC: tl.constexpr, BITS: tl.constexpr):
     """Return the step, the zero point, and the lowest and the highest code of each group of float32 [groups, n].
 
-    All are float32. A group with a value that is not finite has one code only.
+    All are float32, of numbers in units of ``unit``: to scale these would cost more. A group with a value that is not
+    finite has one code only.
     """
     HIGHEST: tl.constexpr = 2.0 ** (BITS - 1) - 1
     LOWEST: tl.constexpr = -HIGHEST - 1
@@ -72,12 +72,12 @@ def quantization(rows, clip, SYMMETRIC: tl.constexpr, BITS: tl.constexpr):
     largest = _largest_magnitude(rows)
     is_finite = largest < float("inf")
     if SYMMETRIC:
-        step = divide_scalars(largest * clip, HIGHEST)
+        step = divide_scalars(largest * unit * clip, HIGHEST)
         step = tl.where(step == 0, 1.0, step)
         zeros = tl.zeros_like(step)
     else:
-        low = tl.minimum(tl.min(rows, axis=1), 0.0) * clip
-        high = tl.maximum(tl.max(rows, axis=1), 0.0) * clip
+        low = tl.minimum(tl.min(rows, axis=1), 0.0) * unit * clip
+        high = tl.maximum(tl.max(rows, axis=1), 0.0) * unit * clip
         step = divide_scalars(high - low, 2 * HIGHEST + 1)
         step = tl.where(is_finite, tl.where(step == 0, 1.0, step), largest)  # of NaNs only, low and high may be 0
         zeros = _round_to_code(-low, divide_scalars(1.0, step), LOWEST, LOWEST, HIGHEST) - ROUND_TO_INTEGER
@@ -86,10 +86,10 @@ def quantization(rows, clip, SYMMETRIC: tl.constexpr, BITS: tl.constexpr):
 
 
 @triton.jit
-def store_codes(values, codes_at, mask, step, zeros, lowest, highest, size, SYMMETRIC: tl.constexpr):
+def store_codes(values, unit, codes_at, mask, step, zeros, lowest, highest, size, SYMMETRIC: tl.constexpr):
     """Store the codes of float32 [groups, A, B] and return sums over ``size`` elements each; the rest must be 0."""
     origin = None if SYMMETRIC else zeros[:, None, None]
-    reciprocal = divide_scalars(1.0, step)[:, None, None]
+    reciprocal = (divide_scalars(1.0, step) * unit)[:, None, None]
     shifted = _round_to_code(values, reciprocal, origin, lowest[:, None, None], highest[:, None, None])
     bits = shifted.to(tl.int32, bitcast=True)
     if codes_at.dtype.element_ty == tl.int8:
@@ -104,15 +104,16 @@ def store_codes(values, codes_at, mask, step, zeros, lowest, highest, size, SYMM
 
 
 @triton.jit
-def store_quantized(values, codes_at, mask, scale, zero, sums, groups, is_group, size, clip, BITS: tl.constexpr):
+def store_quantized(values, unit, codes_at, mask, scale, zero, sums, groups, is_group, size, clip, BITS: tl.constexpr):
     """Quantise float32 [groups, A, B], A x B elements a group, and store codes, scale, zero point and sum of codes.
 
     ``quarot::quantize_activation`` defines the numbers, but for quotients at a tie between two codes: here they are
-    products with the scale's reciprocal. A group has ``size`` elements; masked ones must be 0, which is in any range.
+    products with the scale's reciprocal. Values are in units of ``unit``. A group has ``size`` elements; masked ones
+    must be 0, which is in any range.
     """
     SYMMETRIC: tl.constexpr = zero is None
-    step, zeros, lowest, highest = quantization(rows_of_groups(values), clip, SYMMETRIC, BITS)
-    total = store_codes(values, codes_at, mask, step, zeros, lowest, highest, size, SYMMETRIC)
+    step, zeros, lowest, highest = quantization(rows_of_groups(values), unit, clip, SYMMETRIC, BITS)
+    total = store_codes(values, unit, codes_at, mask, step, zeros, lowest, highest, size, SYMMETRIC)
     tl.store(scale + groups, step, mask=is_group)
     tl.store(sums + groups, total, mask=is_group)
     if not SYMMETRIC:
@@ -132,7 +133,9 @@ def _maximum(rows):
 
 @triton.jit
 def encode_asymmetric(rows, clip, BITS: tl.constexpr):
-    """Return codes of float32 [rows, elements], and a scale and a zero point for each row, all float32.
+    """Return codes of float32 [rows, elements] less a zero point, and a scale and the zero point of each row.
+
+    All are float32; the codes are still ``ROUND_TO_INTEGER`` too large, so that their last bits are integers.
 
     ``quarot::quantize_asymmetric`` defines the numbers, and these are the same, if products and sums are not contracted
     and scales are normal numbers. Masked elements must be 0, which is in any range.
@@ -145,7 +148,7 @@ def encode_asymmetric(rows, clip, BITS: tl.constexpr):
     highest = tl.where(step < float("inf"), HIGHEST, 0.0)  # a row with a value that is not finite has one code only
     zero = _clamped(divide_scalars(-low, step) + ROUND_TO_INTEGER, None, 0.0, highest) - ROUND_TO_INTEGER
     quotients = _divide_rows(rows, step)
-    codes = _clamped(quotients + ROUND_TO_INTEGER, zero[:, None], 0.0, highest[:, None]) - ROUND_TO_INTEGER
+    codes = _clamped(quotients + ROUND_TO_INTEGER, None, -zero[:, None], (highest - zero)[:, None])
     return codes, step, zero
 
 
