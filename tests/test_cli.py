@@ -277,9 +277,24 @@ def test_eval_learns_rotations_on_a_text(tiny_folder, tmp_path):
     assert learned["perplexity"] != random["perplexity"]
 
 
-def test_quantize_takes_a_folder_of_learned_rotations(tiny_folder, tmp_path):
-    message = "give a folder of rotations, -o learned_rotations=FOLDER"
-    assert message in run("quantize", tiny_folder, tmp_path / "out", "--setting", "W4A4-learned", exit_code=1)
+def test_learned_rotations_are_taken_from_a_folder(tiny_folder, tmp_path):
+    rotations, file = tmp_path / "rotations", tmp_path / "out.json"
+    data = ("--calibration", "pydoc", "--samples", 4, "--window-length", 16, "--learning", "steps=2")
+    output = run("learn", tiny_folder, rotations, *data, "-o", "a_group=16")
+    assert "learned-64-" in output
+    assert "nats a token, in 2 steps" in output
+    learned = quarot_fx.LearnedRotations.load(rotations)
+    assert len(learned) == 3
+    settings = f"W4A4{{a_group=16}},W4A4{{a_group=16 learned_rotations={rotations}}}"
+    run("eval", tiny_folder, "--windows", 1, "--window-length", 16, "--settings", settings, "--json", file)
+    random, other = json.loads(file.read_text())["results"]
+    assert random["perplexity"] != other["perplexity"]
+    assert other["options"]["learned_rotations"] == str(rotations)
+    run("quantize", tiny_folder, tmp_path / "model", "-o", f"learned_rotations={rotations}", "--dtype", "float32")
+    assert learned.name in (tmp_path / "model" / "model.safetensors.index.json").read_text()
+    refused = run("quantize", tiny_folder, tmp_path / "out", "--setting", "W4A4-learned", exit_code=1)
+    assert "give a folder of rotations, -o learned_rotations=FOLDER" in refused
+    assert "quantises nothing" in run("learn", tiny_folder, rotations, *data, "--setting", "float", exit_code=1)
 
 
 def test_eval_writes_what_it_knows_after_every_setting(tiny_folder, tmp_path, monkeypatch):
