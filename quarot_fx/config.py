@@ -7,9 +7,11 @@ import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 from quarot_fx.errors import OptionError, UnknownOptionError
+from quarot_fx.learning.rotations import LearnedRotations, name_of
 
 UNQUANTIZED_BITS = 16
 ROTATIONS = ("hadamard", "random", "none")
@@ -73,6 +75,8 @@ class QuarotConfig:
         rotation: ``"hadamard"`` (randomised Hadamard matrices), ``"random"`` (random orthogonal matrices where
             weights absorb them, Hadamard where they run online) or ``"none"``.
         seed: of the random signs or matrices; the same seed gives the same weights on every machine.
+        learned_rotations: what :func:`quarot_fx.learn_rotations` returned, or a folder that it was saved to: these take
+            the place of random matrices wherever weights absorb them. Kept as the name of the set.
         overrides: weight options by parameter name, ``{"*.down_proj": {"w_bits": 8}, "*.gate": "skip"}``. Patterns
             are those of ``fnmatch`` and match with or without the final ``.weight``; the last match wins.
             Naming an output head or an embedding here is how one asks for it to be quantised.
@@ -91,6 +95,7 @@ class QuarotConfig:
     Raises:
         OptionError: a value is out of range.
         UnknownOptionError: an override names an option that a weight does not have.
+        LearnedRotationsFileError: the folder does not hold learned rotations.
     """
 
     w_bits: int = 4
@@ -112,6 +117,7 @@ class QuarotConfig:
     kv_clip: float | str | None = None
     rotation: str = "hadamard"
     seed: int = 0
+    learned_rotations: LearnedRotations | Path | str | None = None
     overrides: Mapping[str, Mapping[str, Any] | str] | tuple[Any, ...] = ()
     pipeline: str | None = None
     stop_after: str | None = None
@@ -136,6 +142,8 @@ class QuarotConfig:
             self._set("disabled_passes", (self.disabled_passes,))
         self._set("disabled_passes", tuple(self.disabled_passes))
         self._set("overrides", _frozen_overrides(self.overrides))
+        if self.learned_rotations is not None:
+            self._set("learned_rotations", name_of(self.learned_rotations))
         for name in ("w_bits", "a_bits", "k_bits", "v_bits"):
             check_bits(name, getattr(self, name))
         for name in ("w_group", "a_group", "kv_group"):
@@ -148,6 +156,9 @@ class QuarotConfig:
             raise OptionError(name="seed", value=self.seed, reason="must be an integer, 0 or more")
         if self.rotation not in ROTATIONS:
             raise UnknownOptionError("rotation", str(self.rotation), ROTATIONS)
+        if self.rotation == "none" and self.learned_rotations is not None:
+            reason = "rotates with rotation='none', which is to rotate nothing"
+            raise OptionError(name="learned_rotations", value=self.learned_rotations, reason=reason)
         if self.kernels not in KERNELS:
             raise UnknownOptionError("kernels", str(self.kernels), KERNELS)
         if self.w_rounding not in ROUNDINGS:

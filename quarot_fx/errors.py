@@ -73,6 +73,21 @@ class RotationSizeError(QuarotError, ValueError):
     )
 
 
+class NotOrthogonalError(QuarotError, ValueError):
+    """A matrix that is to be a rotation is none."""
+
+    template = "this matrix is no rotation: {reason}. Give an orthogonal matrix, in float32 or float64."
+
+
+class UnknownMatrixError(QuarotError, LookupError):
+    """A graph names a rotation by a given matrix, and this process has not got the matrix."""
+
+    template = (
+        "the matrix of {rotation} is not known in this process: it was learned in another one. Load what "
+        "quarot_fx.LearnedRotations.save wrote there, or the checkpoint, before the graph runs."
+    )
+
+
 class PipelineError(QuarotError, ValueError):
     """A pipeline whose passes are in an order in which they cannot work, or whose text cannot be read."""
 
@@ -219,6 +234,36 @@ class CalibrationStateError(QuarotError, ValueError):
     """A folder holds the state of another calibration than the one that is to be resumed."""
 
     template = "cannot resume the calibration in {folder!r}: {reason}. Give an empty folder, or the same arguments."
+
+
+# -- learned rotations -----------------------------------------------------------------------------
+
+
+class LearnedRotationError(QuarotError, ValueError):
+    """A rotation that was learned cannot be used for this graph."""
+
+    template = "the rotation that was learned for {what} cannot be used: {reason}. {remedy}"
+
+
+class LearnedRotationsFileError(QuarotError, ValueError):
+    """A folder of learned rotations that is none, or not what was written."""
+
+    template = "cannot load the learned rotations in {folder!r}: {reason}. {remedy}"
+
+
+class NothingToLearnError(QuarotError, ValueError):
+    """Rotations were to be learned, and no weight absorbs one."""
+
+    template = (
+        "the model has no rotation to learn: {reason}. quarot_fx.explain(model, inputs, ...) says what is rotated, and "
+        "why."
+    )
+
+
+class LearningError(QuarotError):
+    """Rotations could not be learned on this model."""
+
+    template = "cannot learn rotations: {reason}. {remedy}"
 
 
 # -- checkpoints -----------------------------------------------------------------------------------

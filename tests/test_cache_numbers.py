@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
-
 import pytest
 import tiny_decoders
 import torch
 from caches import SimulatedCache, double_model, in_double, logits_in_chunks, make
-from models import random_token_ids, tiny_model
-from transformers import AutoModelForCausalLM
+from models import babyllama, random_token_ids, tiny_model
 
 import quarot_fx
 
@@ -23,7 +19,6 @@ CHUNKS = {
     "one by one": (1,) * 16,
     "a prompt, then one by one": (9,) + (1,) * 7,
 }
-BABYLLAMA = Path(__file__).parents[2] / "shared/models/babyllama-tok105"
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -121,13 +116,11 @@ def test_other_architectures(name, kind):
     torch.testing.assert_close(logits, expected, rtol=0, atol=1e-6)
 
 
-@pytest.mark.skipif(not BABYLLAMA.exists(), reason="a trained tiny Llama is not there")
 @pytest.mark.parametrize("kind", KINDS)
 def test_trained_model(kind):
     """Real weights: 4 bits say what a simulated cache says, token by token, and 8 bits what the model says."""
-    model = AutoModelForCausalLM.from_pretrained(BABYLLAMA, dtype=torch.float32).eval()
-    size = json.loads((BABYLLAMA / "config.json").read_text())["vocab_size"]
-    ids = torch.arange(12)[None] * 7 % size
+    model = babyllama()
+    ids = torch.arange(12)[None] * 7 % model.config.vocab_size
     options = {"max_new_tokens": 16, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
     said = [
         model.generate(ids, past_key_values=cache, **options).tolist()

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 
 import pytest
 import torch
 from graphs import WIDTH, Decoder, Lambda, fill, linear
-from models import random_token_ids, tiny_model
+from models import babyllama, random_token_ids, stories, tiny_model
 from tiny_decoders import build
 from torch import nn
-from transformers import AutoModelForCausalLM, DynamicCache
+from transformers import DynamicCache
 
 import quarot_fx
 from quarot_fx.calibration import calibrate as calibrate_module
@@ -30,7 +29,6 @@ from quarot_fx.float64 import relative_difference
 GPTQ = {"w_rounding": "gptq"}
 EAGER = {**GPTQ, "nested_backend": "eager"}
 WEIGHTS_ONLY = {"a_bits": 16, "kv_bits": 16}
-BABYLLAMA = Path(__file__).parents[2] / "shared" / "models" / "babyllama-tok105"
 
 pytestmark = pytest.mark.usefixtures("fresh_dynamo")
 
@@ -54,14 +52,9 @@ def output_error(model, tokens, **options):
 
 
 @pytest.fixture(scope="module")
-def babyllama():
-    """A trained model of 5 layers, and sequences that it wrote itself."""
-    if not BABYLLAMA.is_dir():
-        pytest.skip(f"{BABYLLAMA.name} is not there")
-    model = AutoModelForCausalLM.from_pretrained(BABYLLAMA).eval()
-    torch.manual_seed(0)
-    begin = torch.full((24, 1), model.config.bos_token_id)
-    return model, model.generate(begin, do_sample=True, max_length=96, min_length=96, pad_token_id=0)
+def trained():
+    """A trained model, and sequences that it wrote itself."""
+    return babyllama(), stories(24, 96)
 
 
 def divergence(model, tokens, **options):
@@ -73,8 +66,8 @@ def divergence(model, tokens, **options):
 
 
 @pytest.mark.parametrize("gptq", [{}, {"act_order": True}, {"target": "model", "quantized_inputs": True}])
-def test_a_trained_model_predicts_better_than_with_weights_rounded_to_nearest(babyllama, gptq):
-    model, tokens = babyllama
+def test_a_trained_model_predicts_better_than_with_weights_rounded_to_nearest(trained, gptq):
+    model, tokens = trained
     quarot_fx.calibrate(model, tokens[:16], gptq=gptq)
     assert divergence(model, tokens[16:], **GPTQ) < 0.95 * divergence(model, tokens[16:])
 

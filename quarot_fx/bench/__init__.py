@@ -10,6 +10,7 @@
 ``hadamard`` what an online transform adds to a product
 ``gated``    what it saves that a product gates its own halves
 ``models``   decoder layers and whole models: prefill, decode, memory
+``capacity`` how much context fits into a GPU
 ``record``   what was measured, to JSON and back; ``tables`` and ``plot`` show it
 ``tune``     a search for launch parameters, which makes the tables that ``lowering/triton`` ships
 """

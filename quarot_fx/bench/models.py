@@ -30,6 +30,7 @@ MODE = "reduce-overhead"  # CUDA graphs
 FEW_LAYERS, MORE_LAYERS = 1, 3  # whose difference is a layer's
 OPTIONS: Mapping[str, Any] = {"kv_bits": 16, "free_originals": True}  # the cache is an ordinary one
 CALLS_BEFORE = 3  # of which a CUDA graph is made: the first compiles, the second is recorded
+STEPS_IN_CACHE = CALLS_BEFORE + WARM_UPS + STEPS  # each is a token
 
 Compile = Callable[[nn.Module], Callable[..., Any]]
 
@@ -110,7 +111,7 @@ def measure_model(
 
 def _measure_phase(blank: ModelTime, shape: DecoderShape, compile_model: Compile, workload: Workload) -> ModelTime:
     try:
-        with _forgotten(), torch.no_grad():
+        with forgotten(), torch.no_grad():
             return _measured(blank, shape, compile_model, workload)
     except Exception as error:  # out of memory, most of all, and then the rest shall go on
         return replace(blank, reason=f"{type(error).__name__}: {error}")
@@ -128,8 +129,7 @@ def random_model(shape: DecoderShape, layers: int, workload: Workload) -> Any:
 
 def _cache_length(workload: Workload) -> int:
     """Return the positions of a cache that has room for every step, in whole groups of 128."""
-    steps = CALLS_BEFORE + WARM_UPS + STEPS
-    return 128 * -(-(workload.tokens + steps) // 128)
+    return 128 * -(-(workload.tokens + STEPS_IN_CACHE) // 128)
 
 
 def _measured(blank: ModelTime, shape: DecoderShape, compile_model: Compile, workload: Workload) -> ModelTime:
@@ -213,7 +213,7 @@ def _fill_packed(layer: Any, tokens: int) -> None:
 
 
 @contextmanager
-def _forgotten() -> Iterator[None]:
+def forgotten() -> Iterator[None]:
     """Start and end with nothing compiled, and with the memory free that only compiled graphs held."""
     _forget()
     try:

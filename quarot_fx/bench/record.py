@@ -215,13 +215,52 @@ class ModelTime:
         return self.backend if self.cache_bits == 16 else f"{self.backend}, {self.cache_bits}-bit cache"
 
 
+@dataclass(frozen=True)
+class MemoryUse:
+    """Memory of a model with random weights that decodes a token, with a cache that has room for so many tokens.
+
+    Attributes:
+        model: whose shape it has.
+        backend: what compiled it; ``"bfloat16"`` is the model as it is.
+        cache_bits: of keys and values.
+        sequences: that run together.
+        tokens: of each, that the cache has room for.
+        weight_bytes: held between steps, without the cache.
+        cache_bytes: of keys and values, as the cache itself says.
+        allocated_bytes: that the allocator gave when the cache was made; ``None`` if none was made.
+        peak_bytes: allocated at once during a step; ``None`` if none was run.
+        reason: why none could be run.
+    """
+
+    model: str
+    backend: str
+    cache_bits: int
+    sequences: int
+    tokens: int
+    weight_bytes: int | None = None
+    cache_bytes: int | None = None
+    allocated_bytes: int | None = None
+    peak_bytes: int | None = None
+    reason: str | None = None
+
+    @property
+    def total_tokens(self) -> int:
+        """Tokens of all sequences."""
+        return self.sequences * self.tokens
+
+    @property
+    def way(self) -> str:
+        """How it is run: by which backend, and with which cache."""
+        return f"{self.backend}, {self.cache_bits}-bit cache"
+
+
 @dataclass
 class Record:
     """The rows of every part that was run.
 
     Attributes:
         environment: the command, versions and the device.
-        matmul, peers, fused, attention, hadamard, gated, layers, models: rows.
+        matmul, peers, fused, attention, hadamard, gated, layers, models, memory: rows.
     """
 
     environment: Mapping[str, Any]
@@ -233,6 +272,7 @@ class Record:
     gated: list[GatedTime] = field(default_factory=list)
     layers: list[ModelTime] = field(default_factory=list)
     models: list[ModelTime] = field(default_factory=list)
+    memory: list[MemoryUse] = field(default_factory=list)
 
     def write(self, path: Path) -> None:
         """Write JSON, with what follows from the times next to them."""
@@ -267,6 +307,7 @@ KINDS: dict[str, type[Any]] = {
     "gated": GatedTime,
     "layers": ModelTime,
     "models": ModelTime,
+    "memory": MemoryUse,
 }
 
 

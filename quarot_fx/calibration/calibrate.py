@@ -20,14 +20,17 @@ from quarot_fx.calibration.data import Data, calibration_tokens
 from quarot_fx.calibration.inputs import LayerInputs
 from quarot_fx.calibration.options import GPTQOptions
 from quarot_fx.calibration.products import Product, shared_inputs
-from quarot_fx.calibration.programs import Programs, capture_programs
+from quarot_fx.calibration.programs import Programs, capture_programs, device_of
 from quarot_fx.calibration.report import CalibratedCaches, Calibration, ChosenBits
 from quarot_fx.calibration.rounding import round_weights
 from quarot_fx.calibration.state import CalibrationState, Step
 from quarot_fx.config import SEARCHED_CLIPS, QuarotConfig
 from quarot_fx.errors import NothingToCalibrateError
+from quarot_fx.passes.quantize_activations import QuantizeActivations
+from quarot_fx.passes.quantize_caches import QuantizeCaches
 from quarot_fx.progress import track
 
+OF_ACTIVATIONS = (QuantizeActivations, QuantizeCaches)
 CHANGE_NO_CODE = {"nested_backend", "mode", "kernels", "check", "free_originals"}  # options that codes do not depend on
 
 
@@ -89,15 +92,16 @@ def calibrate(
     config = QuarotConfig.from_options({"w_rounding": "gptq", **options})
     how = gptq if isinstance(gptq, GPTQOptions) else GPTQOptions.from_options(gptq)
     budget = None if bits_budget is None else Budget(bits_budget, tuple(bits_choices))
-    tokens = calibration_tokens(data, tokenizer, samples, length, config.seed).to(_device(model))
-    programs = capture_programs(model, tokens[:1], config, how)
+    tokens = calibration_tokens(data, tokenizer, samples, length, config.seed).to(device_of(model))
+    without = () if how.quantized_inputs else OF_ACTIVATIONS
+    programs = capture_programs(model, tokens[:1], config, without)
     saved = None if state is None else CalibrationState(state, _settings(config, how, tokens, budget))
     once: Once = _without_state if saved is None else saved.once
     bits: tuple[ChosenBits, ...] = ()
     if budget is not None:
         bits = choose_bits(programs, tokens, config, budget, offload, once)
         config = config.with_overrides(chosen_overrides(config, bits))
-        programs = programs.quantized_by(config, how)
+        programs = programs.quantized_by(config, without)
     caches = []
     for kind in ("key", "value"):
         if getattr(config, f"{kind[0]}_clip") in SEARCHED_CLIPS["kv_clip"]:
@@ -167,11 +171,6 @@ def _calibrate_group(group: Sequence[Product], inputs: LayerInputs, options: GPT
     inputs.advance(group)
     codes, records = round_weights(group, weights, inputs, options)
     return Step(codes, records, clips)
-
-
-def _device(model: Callable[..., Any]) -> torch.device | None:
-    parameters = model.parameters() if isinstance(model, torch.nn.Module) else iter(())
-    return next((parameter.device for parameter in parameters), None)
 
 
 def _settings(config: QuarotConfig, options: GPTQOptions, tokens: Tensor, budget: Budget | None) -> dict[str, Any]:

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from quarot_fx.bench.shapes import DecoderShape
 
 TUNED = ("matmul", "attention")
+CACHE_BITS = 4  # of the largest cache that is looked for
 FUSED_ROWS = (1, 16, 2048, 16384)
 T = TypeVar("T")
 Rows = Iterator[tuple[str, Any]]  # with the name of the list in the record that each belongs to
@@ -47,7 +48,9 @@ class Choice:
 def bench(
     parts: Annotated[
         list[str] | None,
-        typer.Argument(help="Any of matmul, fused, attention, hadamard, gated, layers, models; all if none is named."),
+        typer.Argument(
+            help="Any of matmul, fused, attention, hadamard, gated, layers, models, memory; all if none is named."
+        ),
     ] = None,
     tokens: Annotated[str | None, typer.Option(help="Numbers separated by commas, instead of those of a part.")] = None,
     shapes: Annotated[str | None, typer.Option(help="ROWSxCOLUMNS, separated by commas, of weights.")] = None,
@@ -190,24 +193,31 @@ def _models(choice: Choice) -> Rows:
     return _decoders("models", measure_models, choice)
 
 
+def _memory(choice: Choice) -> Rows:
+    from quarot_fx.bench.capacity import SEQUENCES, measure_capacity, ways
+
+    shapes = _decoder_shapes(choice)
+
+    def rows() -> Rows:
+        for (name, shape), bits in itertools.product(shapes.items(), choice.cache_bits or (CACHE_BITS,)):
+            for way, sequences in itertools.product(ways(choice.options, bits), choice.sequences or (SEQUENCES,)):
+                yield from (("memory", use) for use in measure_capacity(name, shape, way, sequences, "cuda"))
+
+    return rows()
+
+
 def _decoders(
     name: str,
     measure: Callable[[dict[str, DecoderShape], dict[str, Compile], Workload], Iterator[Any]],
     choice: Choice,
 ) -> Rows:
     from quarot_fx.bench.models import BFLOAT16, PHASES, TOKENS, Workload, compilers
-    from quarot_fx.bench.shapes import MODELS
-    from quarot_fx.extras import import_extra
 
-    import_extra("transformers", extra="models")
     phases = choice.phases or PHASES
     for phase in phases:
         if phase not in PHASES:
             raise UnknownOptionError("phase", phase, PHASES)
-    for model in choice.models or ():
-        if model not in MODELS:
-            raise UnknownOptionError("model", model, MODELS)
-    shapes = {model: MODELS[model] for model in choice.models or MODELS}
+    shapes = _decoder_shapes(choice)
     compile_by = compilers(choice.options)
 
     def rows() -> Rows:
@@ -221,6 +231,17 @@ def _decoders(
     return rows()
 
 
+def _decoder_shapes(choice: Choice) -> dict[str, DecoderShape]:
+    from quarot_fx.bench.shapes import MODELS
+    from quarot_fx.extras import import_extra
+
+    import_extra("transformers", extra="models")
+    for model in choice.models or ():
+        if model not in MODELS:
+            raise UnknownOptionError("model", model, MODELS)
+    return {model: MODELS[model] for model in choice.models or MODELS}
+
+
 PARTS: dict[str, Callable[[Choice], Rows]] = {
     "matmul": _matmul,
     "fused": _fused,
@@ -229,6 +250,7 @@ PARTS: dict[str, Callable[[Choice], Rows]] = {
     "gated": _gated,
     "layers": _layers,
     "models": _models,
+    "memory": _memory,
 }
 
 

@@ -17,8 +17,7 @@ from quarot_fx.cli.calibration import (
     CalibrationSamples,
     CalibrationText,
     GPTQAssignments,
-    calibrate_setting,
-    calibration_results,
+    LearningAssignments,
     check_calibration_text,
 )
 from quarot_fx.cli.settings import (
@@ -26,6 +25,7 @@ from quarot_fx.cli.settings import (
     OptionAssignments,
     Setting,
     parse_gptq_options,
+    parse_learning_options,
     parse_options,
     parse_setting,
     split_settings,
@@ -42,6 +42,13 @@ def evaluate(
     windows: Annotated[int | None, typer.Option(min=1, help="Only the first N windows.")] = None,
     window_length: Annotated[int, typer.Option(min=2, help="Tokens in a window.")] = 2048,
     batch: Annotated[int, typer.Option(min=1, help="Windows that the model gets at a time.")] = 1,
+    needles: Annotated[
+        str | None, typer.Option(help="Instead of perplexity: hide numbers in 2048,8192 tokens, and ask for them.")
+    ] = None,
+    depths: Annotated[int, typer.Option(min=1, help="Needles in texts of each length.")] = 5,
+    chunk: Annotated[
+        int | None, typer.Option(min=1, help="Give texts so many tokens at a time, through a KV cache of few bits.")
+    ] = None,
     tasks: Annotated[str | None, typer.Option(help="Tasks of lm-eval, separated by commas: piqa,arc_easy.")] = None,
     include_path: Annotated[Path | None, typer.Option(help="A folder of tasks in lm-eval's format.")] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Only the first N questions of a task.")] = None,
@@ -56,6 +63,7 @@ def evaluate(
     calibration: CalibrationText = None,
     samples: CalibrationSamples = 128,
     gptq: GPTQAssignments = None,
+    learning: LearningAssignments = None,
     nested_backend: Annotated[str, typer.Option(help="What compiles the rewritten graph.")] = "eager",
     device: Annotated[str, typer.Option(help="cpu, cuda, ...")] = "cpu",
     json_file: Annotated[
@@ -63,32 +71,41 @@ def evaluate(
     ] = None,
     markdown_file: Annotated[Path | None, typer.Option("--markdown", help="Also write the table here.")] = None,
 ) -> None:
-    """Measure perplexity and zero-shot tasks under each setting, next to the float model's."""
-    options, gptq_options = parse_options(option or ()), parse_gptq_options(gptq or ())
+    """Measure perplexity, needles in a text, and zero-shot tasks under each setting, next to the float model's."""
+    options = parse_options(option or ())
+    gptq_options, learning_options = parse_gptq_options(gptq or ()), parse_learning_options(learning or ())
     chosen = _settings(settings, settings_file, options)
     if tasks is None and (include_path is not None or limit is not None):
         raise OptionError(name="tasks", value=None, reason="--include-path and --limit are about tasks: name some")
+    if text is None and (tasks is None or needles is not None):
+        text = "pydoc"
+    if chunk is not None and text is None:
+        raise OptionError(name="chunk", value=chunk, reason="is about a text: name one")
     for setting in chosen:
         check_calibration_text(calibration, setting)
 
     from quarot_fx.calibration.data import calibration_tokens
+    from quarot_fx.cli.chunks import InChunks, cache_options
     from quarot_fx.cli.environment import describe_environment
     from quarot_fx.cli.models import compile_model, load_model
+    from quarot_fx.cli.needles import Needles, parse_lengths
     from quarot_fx.cli.perplexity import measure
+    from quarot_fx.cli.preparation import prepare
     from quarot_fx.cli.results import Results
     from quarot_fx.cli.tasks import Tasks
     from quarot_fx.cli.windows import TextWindows
     from quarot_fx.text import fingerprint, most_windows, read_text, split_windows
 
-    if text is None and tasks is None:
-        text = "pydoc"
     content = "" if text is None else read_text(text)
     harness = None if tasks is None else Tasks.find(tasks.split(","), include_path, limit, batch_size)
     network, tokenizer = load_model(model, device)
     if tokenizer is None:
         raise NotFoundError(kind="tokenizer", name=model, remedy="Evaluation needs the model's tokenizer files.")
-    of_text = None
-    if text is not None:
+    of_text, hidden = None, None
+    if text is not None and needles is not None:
+        haystack = tokenizer(content, return_tensors="pt", verbose=False).input_ids[0].to(device)
+        hidden = Needles(text, fingerprint(content), haystack, tokenizer, parse_lengths(needles), depths)
+    elif text is not None:
         token_ids = split_windows(content, tokenizer, window_length, windows or most_windows(text)).to(device)
         of_text = TextWindows(text, fingerprint(content), token_ids)
 
@@ -96,7 +113,7 @@ def evaluate(
     if calibration is not None:
         calibration_ids = calibration_tokens(calibration, tokenizer, samples, window_length, options.get("seed", 0))
 
-    measured = [one for one in (of_text, harness) if one is not None]
+    measured = [one for one in (of_text, hidden, harness) if one is not None]
     about: dict[str, Any] = {"command": shlex.join(["quarot-fx", *sys.argv[1:]]), "model": model}
     for one in measured:
         about |= one.about
@@ -110,11 +127,20 @@ def evaluate(
         row: dict[str, Any] = {"setting": setting.name, "options": setting.options}
         try:
             if setting.needs_calibration and calibration_ids is not None:
-                setting, report = calibrate_setting(network, setting, calibration_ids, gptq_options)
-                row |= {"options": setting.options, **calibration_results(report)}
+                prepared = prepare(network, setting, calibration_ids, gptq_options, learning_options)
+                setting = prepared.setting
+                row |= prepared.results()
             runnable = compile_model(network, setting, nested_backend)
+            reader = runnable
+            if chunk is not None:
+                room = window_length if hidden is None else hidden.longest
+                reader = InChunks(runnable, network, cache_options(setting.options), chunk, room)
             if of_text is not None:
-                row |= asdict(measure(runnable, of_text.token_ids, setting.name, batch))
+                row |= asdict(measure(reader, of_text.token_ids, setting.name, batch))
+            if hidden is not None:
+                row |= hidden.measure(reader, setting.name)
+            if chunk is not None:
+                row["cache"] = reader.about
             if harness is not None:
                 row |= harness.measure(runnable, network, tokenizer)
         except QuarotError as error:

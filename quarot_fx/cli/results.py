@@ -80,6 +80,8 @@ class Results:
             yield "ratio to float", lambda row: _number(row.get("ratio"), ".5g")
             yield TIMES[0], lambda row: _number(row.get("seconds"), ".1f")
             yield TIMES[1], lambda row: _number(row.get("first_seconds"), ".1f")
+        for length in dict.fromkeys(one["length"] for row in self.rows for one in row.get("needles", ())):
+            yield f"found in {length}", lambda row, length=length: _found(row.get("needles"), length)
         tasks = {name: task for row in self.rows for name, task in row.get("tasks", {}).items()}
         for name, task in tasks.items():
             yield f"{name} {headline(task)[0]}", lambda row, name=name: _task(row.get("tasks", {}).get(name))
@@ -95,6 +97,12 @@ TIMES = ("seconds", "of it first batch", "seconds of tasks", "graphs")
 
 def _number(value: Any, form: str) -> str:
     return "" if value is None else format(value, form)
+
+
+def _found(needles: list[dict[str, Any]] | None, length: int) -> str:
+    """Return how many needles were found in texts of a length, and of how many."""
+    found = [one["found"] for one in needles or () if one["length"] == length]
+    return f"{sum(found)} of {len(found)}" if found else ""
 
 
 def _task(task: dict[str, Any] | None) -> str:
