@@ -297,7 +297,7 @@ def test_eval_searches_clip_ratios_and_bits(tiny_folder, tmp_path):
 def test_eval_learns_rotations_on_a_text(tiny_folder, tmp_path):
     settings, file = "W4A4,W4A4-learned-gptq{steps=2}", tmp_path / "out.json"
     shape = ("--windows", 2, "--window-length", 16, "--settings", settings)
-    message = "W4-learned needs a text to calibrate on"
+    message = "'W4-learned' needs a text to calibrate on"
     assert message in run("eval", tiny_folder, *shape[:-1], "W4-learned", exit_code=1)
     data = ("--calibration", "pydoc", "--samples", 5, "--learning", "batch=2", "--learning", "rate=0.2")
     run("eval", tiny_folder, *shape, *data, "--json", file)
@@ -308,9 +308,11 @@ def test_eval_learns_rotations_on_a_text(tiny_folder, tmp_path):
     assert learned["perplexity"] != random["perplexity"]
 
 
-def test_quantize_takes_a_folder_of_learned_rotations(tiny_folder, tmp_path):
-    message = "give a folder of rotations, -o learned_rotations=FOLDER"
-    assert message in run("quantize", tiny_folder, tmp_path / "out", "--setting", "W4A4-learned", exit_code=1)
+def test_quantize_learns_rotations_on_a_text(tiny_folder, tmp_path):
+    arguments = ("quantize", tiny_folder, tmp_path / "out", "--setting", "W4A4-learned{steps=2}", "--dtype", "float32")
+    assert "needs a text to calibrate on" in run(*arguments, exit_code=1)
+    assert "learned rotations" in run(*arguments, "--calibration", "pydoc", "--samples", 4, "--length", 16)
+    assert quarot_fx.load(tmp_path / "out", nested_backend="eager") is not None
 
 
 def test_eval_writes_what_it_knows_after_every_setting(tiny_folder, tmp_path, monkeypatch):
