@@ -11,10 +11,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from quarot_fx.rotation import Rotation
-
-if TYPE_CHECKING:
+if TYPE_CHECKING:  # options name this module, and reading options loads no torch
     from rich.console import RenderableType
+
+    from quarot_fx.rotation import Rotation
 
 
 @dataclass(frozen=True)
