@@ -87,7 +87,7 @@ class FuseIntLinears(Pass):
             )  # fmt: skip
         if fused is not None:
             fused.meta[LAYERS] = (
-                Layer(node.name, linear.parameter, weight.bits, x.scheme.bits, role, weight.rounding),
+                Layer(node.name, linear.parameter, weight.bits, x.scheme.bits, role, weight.rounding, x.scheme.clip),
             )
             (addition or node).replace_all_uses_with(fused)
 

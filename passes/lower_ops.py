@@ -29,6 +29,7 @@ class LowerOps(Pass):
         "fuse-attention",
         "fuse-packed-attention",
         "fuse-appends",
+        "pair-appends",
     )
     tolerance: ClassVar[float | None] = None  # kernels compute in float32 at most
 

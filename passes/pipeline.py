@@ -27,6 +27,7 @@ from quarot_fx.passes.fuse_ropes import FuseRopes
 from quarot_fx.passes.fuse_rotations import FuseRotations
 from quarot_fx.passes.lower_ops import LowerOps
 from quarot_fx.passes.merge_int_linears import MergeIntLinears
+from quarot_fx.passes.pair_appends import PairAppends
 from quarot_fx.passes.place_rotations import PlaceRotations
 from quarot_fx.passes.quantize_activations import QuantizeActivations
 from quarot_fx.passes.quantize_caches import QuantizeCaches
@@ -65,6 +66,7 @@ DEFAULT_ORDER: tuple[type[Pass], ...] = (
     FusePackedAttention,
     ComputeOnce,
     FuseAppends,  # the first that makes a graph write: nothing may be moved afterwards
+    PairAppends,
     LowerOps,
     FoldConstants,
 )

@@ -12,7 +12,7 @@ from quarot_fx.errors import GroupSizeError
 from quarot_fx.graph import Inserter, after, replace_arguments
 from quarot_fx.linear_like import linear_likes
 from quarot_fx.passes.base import Pass
-from quarot_fx.passes.quantized import insert_quantized
+from quarot_fx.passes.quantized import check_clip_is_known, insert_quantized
 from quarot_fx.program import Program
 from quarot_fx.report import PassReport
 from quarot_fx.roles import Roles
@@ -38,6 +38,7 @@ class QuantizeActivations(Pass):
             if scheme.bits == UNQUANTIZED_BITS:
                 report.decline(linear.parameter, "a_bits=16 asks to leave its input alone")
                 continue
+            check_clip_is_known(scheme, "a_clip", f"the input of {linear.parameter}")
             x, size = linear.x, linear.x.meta["val"].shape[-1]
             if scheme.group is not None and size % scheme.group:
                 raise GroupSizeError(

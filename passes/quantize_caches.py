@@ -12,7 +12,7 @@ from quarot_fx.config import UNQUANTIZED_BITS, QuantScheme
 from quarot_fx.errors import GroupSizeError
 from quarot_fx.graph import Constants, Inserter, after, argument_nodes, module_path, replace_arguments
 from quarot_fx.passes.base import Pass
-from quarot_fx.passes.quantized import insert_quantized
+from quarot_fx.passes.quantized import check_clip_is_known, insert_quantized
 from quarot_fx.program import Program
 from quarot_fx.quantized_reads import codes_of_cache
 from quarot_fx.report import PassReport
@@ -49,6 +49,7 @@ class QuantizeCaches(Pass):
             if x in constants:
                 report.decline(where, f"{read.kind}s are constant")
                 continue
+            check_clip_is_known(scheme, f"{read.kind[0]}_clip", f"a {read.kind} of {where}")
             dim = read.dim if user is read.user else -1
             size = x.meta["val"].shape[dim]
             if scheme.group is not None and size % scheme.group:

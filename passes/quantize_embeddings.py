@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
@@ -32,6 +32,8 @@ class QuantizeEmbeddings(Pass):
                 continue
             parameter = parameters_of(table)[0]
             scheme = self.config.for_parameter(parameter).weight_scheme
+            if scheme.clip == "output":  # a table has none
+                scheme = replace(scheme, clip="search")
             if not self.config.override_for(parameter):
                 report.decline(parameter, "it is an embedding; name it in overrides to quantise it")
                 continue

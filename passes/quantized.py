@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, fx
 
 from quarot_fx.config import QuantScheme
-from quarot_fx.errors import GroupSizeError
+from quarot_fx.errors import ClipNotCalibratedError, GroupSizeError
 from quarot_fx.graph import PART, Inserter, argument_nodes
 from quarot_fx.ops import quantize_asymmetric, quantize_symmetric
 
@@ -46,9 +46,10 @@ def insert_packed(
     if scheme.group is not None and size % scheme.group:
         raise GroupSizeError(option="w_group", group=scheme.group, size=size, where=parameter)
     rows = weight if dim == -1 else insert.call(aten.transpose.int, weight, dim, -1)
-    clip = None if scheme.clip == "search" else float(scheme.clip)
+    clip = None if isinstance(scheme.clip, str) else scheme.clip
+    error = {"error": "output"} if scheme.clip == "output" else {}
     parts = insert.call(
-        quarot.quantize_weight.default, rows, scheme.bits, scheme.group, clip, scheme.symmetric, rounding
+        quarot.quantize_weight.default, rows, scheme.bits, scheme.group, clip, scheme.symmetric, rounding, **error
     )
 
     def part(index: int, name: str) -> fx.Node:
@@ -59,6 +60,12 @@ def insert_packed(
     codes = insert.call(quarot.pack.default, part(0, "codes"), scheme.bits)
     codes.meta[PART] = "codes"
     return codes, part(1, "scale"), None if scheme.symmetric else part(2, "zero")
+
+
+def check_clip_is_known(scheme: QuantScheme, option: str, where: str) -> None:
+    """Raise :class:`ClipNotCalibratedError` if the clip ratio of a scheme is still to be searched for."""
+    if isinstance(scheme.clip, str):
+        raise ClipNotCalibratedError(option=option, value=scheme.clip, where=where)
 
 
 @dataclass(frozen=True)
@@ -96,13 +103,28 @@ class QuantizedWeight:
 
 def quantized_activation(node: fx.Node) -> QuantizedActivation | None:
     """Return how a node's value was quantised at run time, or ``None`` if it was not."""
+    dequantized, quantization = _dequantization_of(node), quantization_behind(node)
+    if dequantized is None or quantization is None:
+        return None
+    return QuantizedActivation(dequantized, quantization.args[0], scheme_of(quantization))  # type: ignore[arg-type]
+
+
+def quantization_behind(node: fx.Node) -> fx.Node | None:
+    """Return what made the codes of a node's value at run time, or ``None`` if it was not quantised."""
     dequantized = _dequantization_of(node)
     made = argument_nodes(argument_nodes(dequantized)[0])[:1] if dequantized is not None else []
-    if dequantized is None or not made or made[0].target not in QUANTIZE.values():
-        return None
-    x, bits, group, clip = made[0].args
-    scheme = QuantScheme(bits, group, made[0].target is QUANTIZE[True], clip)  # type: ignore[arg-type]
-    return QuantizedActivation(dequantized, x, scheme)  # type: ignore[arg-type]
+    return made[0] if made and made[0].target in QUANTIZE.values() else None
+
+
+def scheme_of(quantization: fx.Node) -> QuantScheme:
+    """Return how a node quantises at run time."""
+    _, bits, group, clip = quantization.args
+    return QuantScheme(bits, group, quantization.target is QUANTIZE[True], clip)  # type: ignore[arg-type]
+
+
+def set_clip(quantization: fx.Node, clip: float) -> None:
+    """Change the clip ratio of a node that quantises at run time."""
+    quantization.update_arg(3, clip)
 
 
 def requantized(x: Tensor, like: fx.Node) -> Tensor:
@@ -113,7 +135,11 @@ def requantized(x: Tensor, like: fx.Node) -> Tensor:
     if found.dequantized is not like:  # quantised over another axis, and transposed back
         _, *dims = like.args
         return requantized(x.transpose(*dims), found.dequantized).transpose(*dims)  # type: ignore[arg-type]
-    scheme = found.scheme
+    return rounded(x, found.scheme)
+
+
+def rounded(x: Tensor, scheme: QuantScheme) -> Tensor:
+    """Return a tensor quantised and dequantised along its last axis."""
     codes, scale, *zero = QUANTIZE[scheme.symmetric](x, scheme.bits, scheme.group, scheme.clip)
     return quarot.dequantize(codes, scale, zero[0] if zero else None, x.dtype)
 

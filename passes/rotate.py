@@ -17,6 +17,7 @@ from quarot_fx.program import Program
 from quarot_fx.report import PassReport
 
 quarot = torch.ops.quarot
+BASIS = "quarot_basis"  # node.meta[BASIS]: which of the plan's bases a rotation leads into, or out of
 
 
 @dataclass(frozen=True)
@@ -59,4 +60,5 @@ class Rotate(Pass):
                 made[chain] = insert.call(
                     quarot.rotate.default, source, last.rotation, last.dim, last.inner, last.inverse
                 )
+            made[chain].meta[BASIS] = last.basis
         return made[chain]

@@ -3,17 +3,33 @@
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Mapping
+import re
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 from quarot_fx.errors import OptionError, UnknownOptionError
+from quarot_fx.learning.rotations import LearnedRotations, name_of
 
 UNQUANTIZED_BITS = 16
 ROTATIONS = ("hadamard", "random", "none")
 KERNELS = ("auto", "reference", "none")
 ROUNDINGS = ("nearest", "gptq")
+# How clip ratios are searched for: by the error of the tensor itself, or by that of the outputs of layers.
+SEARCHED_CLIPS = {
+    "w_clip": ("search", "output"),
+    "a_clip": ("output",),
+    **dict.fromkeys(("k_clip", "v_clip", "kv_clip"), ("search",)),
+}
+CALIBRATED: Mapping[str, tuple[str, ...]] = {
+    "w_rounding": ("gptq",),
+    "w_clip": ("output",),
+    "a_clip": ("output",),
+    "k_clip": ("search",),
+    "v_clip": ("search",),
+}  # the values of options that take data to become numbers
 OVERRIDABLE = ("w_bits", "a_bits", "w_group", "a_group", "w_sym", "a_sym", "w_clip", "a_clip", "w_rounding")
 # Options that change no weight: how the graph runs, and what becomes of what it was made of.
 OF_THE_RUN = ("nested_backend", "mode", "kernels", "check", "free_originals")
@@ -28,7 +44,7 @@ class QuantScheme:
         bits: width of a code, 2 to 8.
         group: elements of the last axis that share a scale; ``None`` means the whole axis.
         symmetric: codes are signed and the zero point is 0; otherwise unsigned with a zero point per group.
-        clip: the scale is this fraction of the one that reaches the largest magnitude, or ``"search"``.
+        clip: the scale is this fraction of the one that reaches the largest magnitude, or how that is searched for.
     """
 
     bits: int
@@ -49,12 +65,18 @@ class QuarotConfig:
         a_group: channels of an activation that share a scale; ``None`` is per token.
         kv_group: channels of a key or value that share a scale; ``None`` is the head dimension.
         w_sym, a_sym, kv_sym: symmetric codes (True) or asymmetric with a zero point (False).
-        w_clip, a_clip, kv_clip: clip ratio in (0, 1]; ``w_clip="search"`` finds the best one for every group.
+        w_clip, a_clip, k_clip, v_clip: clip ratio in (0, 1]. ``w_clip="search"`` finds the one with the least error of
+            the weight, for every group. :func:`quarot_fx.calibrate` finds those with the least error on data:
+            ``w_clip="output"`` and ``a_clip="output"``, of the output of every layer, and ``k_clip="search"`` and
+            ``v_clip="search"``, of all keys and all values.
+        kv_clip: sets both ``k_clip`` and ``v_clip``.
         w_rounding: of weights: ``"nearest"``, or ``"gptq"``, for which :func:`quarot_fx.calibrate` has to run first.
             Embeddings that are quantised are always rounded to nearest: no product reads them.
         rotation: ``"hadamard"`` (randomised Hadamard matrices), ``"random"`` (random orthogonal matrices where
             weights absorb them, Hadamard where they run online) or ``"none"``.
         seed: of the random signs or matrices; the same seed gives the same weights on every machine.
+        learned_rotations: what :func:`quarot_fx.learn_rotations` returned, or a folder that it was saved to: these take
+            the place of random matrices wherever weights absorb them. Kept as the name of the set.
         overrides: weight options by parameter name, ``{"*.down_proj": {"w_bits": 8}, "*.gate": "skip"}``. Patterns
             are those of ``fnmatch`` and match with or without the final ``.weight``; the last match wins.
             Naming an output head or an embedding here is how one asks for it to be quantised.
@@ -73,6 +95,7 @@ class QuarotConfig:
     Raises:
         OptionError: a value is out of range.
         UnknownOptionError: an override names an option that a weight does not have.
+        LearnedRotationsFileError: the folder does not hold learned rotations.
     """
 
     w_bits: int = 4
@@ -88,10 +111,13 @@ class QuarotConfig:
     kv_sym: bool = False
     w_clip: float | str = "search"
     w_rounding: str = "nearest"
-    a_clip: float = 0.9
-    kv_clip: float = 0.95
+    a_clip: float | str = 0.9
+    k_clip: float | str = 0.95
+    v_clip: float | str = 0.95
+    kv_clip: float | str | None = None
     rotation: str = "hadamard"
     seed: int = 0
+    learned_rotations: LearnedRotations | Path | str | None = None
     overrides: Mapping[str, Mapping[str, Any] | str] | tuple[Any, ...] = ()
     pipeline: str | None = None
     stop_after: str | None = None
@@ -107,15 +133,22 @@ class QuarotConfig:
             self._set("k_bits", self.kv_bits)
             self._set("v_bits", self.kv_bits)
             self._set("kv_bits", None)  # so that replace(config, k_bits=...) is not overruled
+        if self.kv_clip is not None:
+            check_clip("kv_clip", self.kv_clip)
+            self._set("k_clip", self.kv_clip)
+            self._set("v_clip", self.kv_clip)
+            self._set("kv_clip", None)
         if isinstance(self.disabled_passes, str):
             self._set("disabled_passes", (self.disabled_passes,))
         self._set("disabled_passes", tuple(self.disabled_passes))
         self._set("overrides", _frozen_overrides(self.overrides))
+        if self.learned_rotations is not None:
+            self._set("learned_rotations", name_of(self.learned_rotations))
         for name in ("w_bits", "a_bits", "k_bits", "v_bits"):
             check_bits(name, getattr(self, name))
         for name in ("w_group", "a_group", "kv_group"):
             check_group(name, getattr(self, name))
-        for name in ("w_clip", "a_clip", "kv_clip"):
+        for name in ("w_clip", "a_clip", "k_clip", "v_clip"):
             check_clip(name, getattr(self, name))
         for name in ("w_sym", "a_sym", "kv_sym", "check", "free_originals"):
             _check_flag(name, getattr(self, name))
@@ -123,6 +156,9 @@ class QuarotConfig:
             raise OptionError(name="seed", value=self.seed, reason="must be an integer, 0 or more")
         if self.rotation not in ROTATIONS:
             raise UnknownOptionError("rotation", str(self.rotation), ROTATIONS)
+        if self.rotation == "none" and self.learned_rotations is not None:
+            reason = "rotates with rotation='none', which is to rotate nothing"
+            raise OptionError(name="learned_rotations", value=self.learned_rotations, reason=reason)
         if self.kernels not in KERNELS:
             raise UnknownOptionError("kernels", str(self.kernels), KERNELS)
         if self.w_rounding not in ROUNDINGS:
@@ -159,12 +195,12 @@ class QuarotConfig:
     @property
     def key_scheme(self) -> QuantScheme:
         """How keys are quantised (per token and head)."""
-        return QuantScheme(self.k_bits, self.kv_group, self.kv_sym, self.kv_clip)
+        return QuantScheme(self.k_bits, self.kv_group, self.kv_sym, self.k_clip)
 
     @property
     def value_scheme(self) -> QuantScheme:
         """How values are quantised (per token and head)."""
-        return QuantScheme(self.v_bits, self.kv_group, self.kv_sym, self.kv_clip)
+        return QuantScheme(self.v_bits, self.kv_group, self.kv_sym, self.v_clip)
 
     @property
     def weight_scheme(self) -> QuantScheme:
@@ -176,24 +212,66 @@ class QuarotConfig:
         """How the activation that enters a weight is quantised (per token or group)."""
         return QuantScheme(self.a_bits, self.a_group, self.a_sym, self.a_clip)
 
+    @property
+    def needs_calibration(self) -> bool:
+        """Whether weights or clip ratios depend on calibration data."""
+        every = [vars(self), *self._override_patterns.values()]
+        found = {(name, one.get(name)) for one in every for name in CALIBRATED}
+        return any(value in CALIBRATED[name] for name, value in found)
+
+    def with_provisional_clips(self) -> QuarotConfig:
+        """Return the config with nothing clipped where calibration has still to find the ratio of an activation."""
+
+        def known(options: Mapping[str, Any]) -> dict[str, Any]:
+            unknown = {name for name in ("a_clip", "k_clip", "v_clip") if options.get(name) in SEARCHED_CLIPS[name]}
+            return {**options, **dict.fromkeys(unknown, 1.0)}
+
+        overrides = {pattern: known(changes) for pattern, changes in self._override_patterns.items()}
+        own = known({"a_clip": self.a_clip, "k_clip": self.k_clip, "v_clip": self.v_clip})
+        return replace(self, overrides=overrides, **own)
+
     @cached_property
     def _override_patterns(self) -> dict[str, dict[str, Any]]:
         return {pattern: dict(changes) for pattern, changes in tuple(self.overrides)}
 
+    @cached_property
+    def _matchers(self) -> list[tuple[str, Callable[[str], Any]]]:
+        """Functions that tell whether a pattern matches; there may be one for every layer of a model."""
+        return [(pattern, re.compile(fnmatch.translate(pattern)).match) for pattern in self._override_patterns]
+
     def override_for(self, parameter: str) -> str | None:
         """Return the pattern in ``overrides`` that decides for a parameter, or ``None``."""
         name = parameter.removesuffix(".weight")
-        matching = [
-            pattern
-            for pattern in self._override_patterns
-            if fnmatch.fnmatchcase(name, pattern) or fnmatch.fnmatchcase(parameter, pattern)
-        ]
-        return matching[-1] if matching else None
+        return next(
+            (pattern for pattern, is_match in reversed(self._matchers) if is_match(name) or is_match(parameter)), None
+        )
+
+    def own_options(self, parameter: str) -> Mapping[str, Any]:
+        """Return what ``overrides`` say of one parameter."""
+        return self._override_patterns.get(self.override_for(parameter) or "", {})
 
     def for_parameter(self, parameter: str) -> QuarotConfig:
         """Return the config that holds for one parameter, overrides applied."""
-        pattern = self.override_for(parameter)
-        return self if pattern is None else replace(self, overrides=(), **self._override_patterns[pattern])
+        own = self.own_options(parameter)
+        return replace(self, overrides=(), **own) if own else self
+
+    def with_options(self, changes: Mapping[str, Any]) -> QuarotConfig:
+        """Return the config with some options changed."""
+        return replace(self, **changes)
+
+    def with_overrides(self, changes: Mapping[str, Mapping[str, Any]]) -> QuarotConfig:
+        """Return the config with further options for some parameters, by their names, beside those that these have."""
+        added = {
+            _literally(parameter.removesuffix(".weight")): {**self.own_options(parameter), **options}
+            for parameter, options in changes.items()
+        }
+        kept = {pattern: one for pattern, one in self._override_patterns.items() if pattern not in added}
+        return replace(self, overrides={**kept, **added})
+
+
+def _literally(name: str) -> str:
+    """Return the pattern that matches a name only."""
+    return re.sub(r"([*?[])", r"[\1]", name)
 
 
 def _frozen_overrides(overrides: Any) -> tuple[Any, ...]:
@@ -225,11 +303,14 @@ def check_group(name: str, group: Any) -> None:
 
 
 def check_clip(name: str, clip: Any) -> None:
-    """Raise an OptionError unless an option is a clip ratio."""
-    if clip == "search" and name == "w_clip":
+    """Raise an error unless an option is a clip ratio, or a way to search for it that the option knows."""
+    searches = SEARCHED_CLIPS.get(name, ())
+    if isinstance(clip, str) and searches:
+        if clip not in searches:
+            raise UnknownOptionError(name, clip, searches)
         return
     if isinstance(clip, bool) or not isinstance(clip, int | float) or not 0 < clip <= 1:
-        also = ', or "search"' if name == "w_clip" else ""
+        also = "".join(f', or "{search}"' for search in searches)
         raise OptionError(name=name, value=clip, reason=f"must be a ratio in (0, 1]{also}")
 
 

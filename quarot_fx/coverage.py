@@ -31,7 +31,16 @@ def cover(program: Program) -> Report:
         is_left = layer.w_bits == layer.a_bits == UNQUANTIZED_BITS
         reason = declined.get(layer.parameter, site.why) if is_left else site.why
         linears.append(
-            LinearRecord(layer.parameter, layer.w_bits, layer.a_bits, site.rotated, reason, layer.role, layer.rounding)
+            LinearRecord(
+                layer.parameter,
+                layer.w_bits,
+                layer.a_bits,
+                site.rotated,
+                reason,
+                layer.role,
+                layer.rounding,
+                layer.a_clip,
+            )
         )
     caches = []
     for read in reads_of_keys_and_values(program.graph):
@@ -59,8 +68,10 @@ def _layers(graph: fx.Graph) -> Iterator[tuple[fx.Node, Sequence[Layer]]]:
         elif node in linears:
             linear, weight = linears[node], quantized_weight(linears[node].weight)
             w_bits, rounding = (weight.bits, weight.rounding) if weight else (UNQUANTIZED_BITS, "")
-            a_bits = _activation_bits(linear.x)
-            yield node, [Layer(node.name, linear.parameter, w_bits, a_bits, roles.role(linear), rounding)]
+            x = quantized_activation(linear.x)
+            a_bits, a_clip = (x.scheme.bits, x.scheme.clip) if x else (UNQUANTIZED_BITS, None)
+            role = roles.role(linear)
+            yield node, [Layer(node.name, linear.parameter, w_bits, a_bits, role, rounding, a_clip)]
 
 
 def _other_weights(graph: fx.Graph, layers: set[fx.Node]) -> Iterator[OtherWeight]:
@@ -90,8 +101,3 @@ def _stored(graph: fx.Graph) -> Iterator[torch.Tensor]:
     for node in graph.find_nodes(op="get_attr"):
         if is_tensor(node) and PARAMETER in node.meta:
             yield stored_tensor(node)
-
-
-def _activation_bits(x: fx.Node) -> int:
-    quantized = quantized_activation(x)
-    return quantized.scheme.bits if quantized else UNQUANTIZED_BITS

@@ -73,6 +73,21 @@ class RotationSizeError(QuarotError, ValueError):
     )
 
 
+class NotOrthogonalError(QuarotError, ValueError):
+    """A matrix that is to be a rotation is none."""
+
+    template = "this matrix is no rotation: {reason}. Give an orthogonal matrix, in float32 or float64."
+
+
+class UnknownMatrixError(QuarotError, LookupError):
+    """A graph names a rotation by a given matrix, and this process has not got the matrix."""
+
+    template = (
+        "the matrix of {rotation} is not known in this process: it was learned in another one. Load what "
+        "quarot_fx.LearnedRotations.save wrote there, or the checkpoint, before the graph runs."
+    )
+
+
 class PipelineError(QuarotError, ValueError):
     """A pipeline whose passes are in an order in which they cannot work, or whose text cannot be read."""
 
@@ -170,18 +185,34 @@ class NotCalibratedError(QuarotError):
     """A weight is to be rounded by calibration, and there was none for this form of it."""
 
     template = (
-        "weight {parameter!r} is to be rounded by w_rounding={rounding!r}, and no calibration has rounded it as it is "
+        "weight {parameter!r} is to be rounded by {how}, and no calibration has rounded it as it is "
         "rotated and quantised here. Call quarot_fx.calibrate(model, data, ...) with the same options before."
     )
 
 
-class NothingToCalibrateError(QuarotError, ValueError):
-    """Calibration was asked for, and no weight of the model is rounded by it."""
+class ClipNotCalibratedError(QuarotError):
+    """A clip ratio is to be found by calibration, and is not known."""
 
     template = (
-        "the model has no weight to calibrate: under these options no linear layer is quantised with "
-        "w_rounding='gptq'. quarot_fx.explain(model, inputs, ...) says why not."
+        "{option}={value!r} of {where} is a ratio that calibration finds. Call calibration = "
+        "quarot_fx.calibrate(model, data, ...) with the same options before, and give calibration.options to the "
+        "backend: the ratios are there."
     )
+
+
+class NothingToCalibrateError(QuarotError, ValueError):
+    """Calibration was asked for, and nothing of the model depends on it."""
+
+    template = (
+        "the model has nothing to calibrate: under these options no linear layer is quantised with w_rounding='gptq', "
+        "w_clip='output' or a_clip='output'. quarot_fx.explain(model, inputs, ...) says why not."
+    )
+
+
+class BitsBudgetError(QuarotError, ValueError):
+    """A budget of bits that no choice of widths meets."""
+
+    template = "bits_budget={budget:g} cannot be met: {reason}. {remedy}"
 
 
 class HessianError(QuarotError, ArithmeticError):
@@ -203,6 +234,36 @@ class CalibrationStateError(QuarotError, ValueError):
     """A folder holds the state of another calibration than the one that is to be resumed."""
 
     template = "cannot resume the calibration in {folder!r}: {reason}. Give an empty folder, or the same arguments."
+
+
+# -- learned rotations -----------------------------------------------------------------------------
+
+
+class LearnedRotationError(QuarotError, ValueError):
+    """A rotation that was learned cannot be used for this graph."""
+
+    template = "the rotation that was learned for {what} cannot be used: {reason}. {remedy}"
+
+
+class LearnedRotationsFileError(QuarotError, ValueError):
+    """A folder of learned rotations that is none, or not what was written."""
+
+    template = "cannot load the learned rotations in {folder!r}: {reason}. {remedy}"
+
+
+class NothingToLearnError(QuarotError, ValueError):
+    """Rotations were to be learned, and no weight absorbs one."""
+
+    template = (
+        "the model has no rotation to learn: {reason}. quarot_fx.explain(model, inputs, ...) says what is rotated, and "
+        "why."
+    )
+
+
+class LearningError(QuarotError):
+    """Rotations could not be learned on this model."""
+
+    template = "cannot learn rotations: {reason}. {remedy}"
 
 
 # -- checkpoints -----------------------------------------------------------------------------------

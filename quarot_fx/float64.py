@@ -15,7 +15,7 @@ from torch import fx
 from torch.fx.node import map_aggregate
 from torch.utils._pytree import tree_leaves, tree_map
 
-from quarot_fx.calibration.calibrated import calibrated_codes
+from quarot_fx.calibration.calibrated import calibrated_by, calibrated_codes
 from quarot_fx.checkpoint.saved import missing_value, saved_value
 from quarot_fx.errors import NonFiniteWeightError, OriginalsFreedError
 from quarot_fx.graph import stored_tensor, with_sources
@@ -85,10 +85,9 @@ def _once(node: fx.Node, known: Known, compute: Callable[[], Any]) -> Any:
     if node.target is not torch.ops.quarot.quantize_weight.default:
         return compute()
     if node not in known:
-        *_, rounding = node.args
         saved = saved_value(node)
         if saved is None:
-            saved = compute() if rounding == "nearest" else calibrated_codes(node)
+            saved = calibrated_codes(node) if calibrated_by(node) else compute()
         known[node] = saved
     return known[node]
 

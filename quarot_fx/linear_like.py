@@ -50,6 +50,7 @@ class Layer:
         w_bits, a_bits: bits of the weight and of the activation that enters it.
         role: ``"head"`` or ``"router"``, or nothing.
         rounding: of the weight, ``"nearest"`` or ``"gptq"``; nothing if it is left alone.
+        a_clip: ratio that the activation is clipped at; ``None`` if it is left alone.
     """
 
     node: str
@@ -58,6 +59,7 @@ class Layer:
     a_bits: int
     role: str
     rounding: str
+    a_clip: float | None
 
 
 @dataclass(frozen=True)

@@ -59,9 +59,10 @@ class LinearRecord:
         parameter: the weight's name in the user's model.
         w_bits, a_bits: bits of the weight and of the activation that enters it; 16 if left alone.
         rotated: ``"free"``, ``"online"``, ``"partly"`` or ``"no"``.
-        reason: why it is rotated online, or why it is not rotated or not quantised; empty otherwise.
+        reason: why it is rotated online, or why it is not rotated or not quantised; or that the rotation was learned.
         role: ``"head"`` or ``"router"``, which keep their precision, or nothing.
         rounding: of the weight, ``"nearest"`` or ``"gptq"``; empty if it is left alone.
+        a_clip: ratio that the activation is clipped at; ``None`` if it is left alone.
     """
 
     parameter: str
@@ -71,6 +72,7 @@ class LinearRecord:
     reason: str = ""
     role: str = ""
     rounding: str = ""
+    a_clip: float | None = None
 
     @property
     def bits(self) -> str:

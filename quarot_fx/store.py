@@ -19,6 +19,7 @@ from torch.utils.weak import WeakIdRef, WeakTensorKeyDictionary
 
 from quarot_fx.errors import OriginalsFreedError
 from quarot_fx.graph import AUTHOR, PARAMETER, stored_tensor
+from quarot_fx.nan_memory import nan_memory
 
 
 @dataclass(frozen=True)
@@ -78,11 +79,10 @@ class _Freed:
 
 _FREED: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 _LIVE: WeakTensorKeyDictionary = WeakTensorKeyDictionary()  # read by some compiled graph as they are
-_POISON: dict[tuple[torch.device, torch.dtype], torch.Tensor] = {}
 
 
 def free(tensor: torch.Tensor, name: str) -> None:
-    """Release a weight's memory: it then reads as NaN, of its old shape, from one buffer that all freed weights share.
+    """Release a weight's memory: it then reads as NaN, of its old shape, from memory that all freed weights share.
 
     Dynamo's guards still pass on such a tensor, and nothing can crash on it, which is not so of an emptied storage.
     """
@@ -105,10 +105,8 @@ def without_content(like: torch.Tensor, device: torch.device, name: str) -> torc
 
 def _poison(shape: torch.Size, stride: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
     size = 1 + sum((length - 1) * step for length, step in zip(shape, stride, strict=True)) if shape.numel() else 0
-    key = device, dtype
-    if key not in _POISON or _POISON[key].numel() < size:
-        _POISON[key] = torch.full((size,), torch.nan, dtype=dtype, device=device)
-    return _POISON[key].as_strided(shape, stride)
+    memory = nan_memory(size * dtype.itemsize, device)
+    return memory[: size * dtype.itemsize].view(dtype).as_strided(shape, stride)
 
 
 def keep_live(tensor: torch.Tensor) -> None:

@@ -186,6 +186,7 @@ def test_report():
             "group=5 does not divide the 16 elements that each of the keys",
         ),
         ({"clip": 0}, errors.OptionError, "clip=0: must be a ratio"),
+        ({"k_clip": "search"}, errors.OptionError, "k_clip='search': must be a ratio in (0, 1]: calibration finds one"),
         ({"rotation": "hadamart"}, errors.UnknownOptionError, "Did you mean 'hadamard'?"),
         ({"max_cache_len": 0}, errors.OptionError, "max_cache_len=0: must be 1 or more"),
         ({"batch_size": 0}, errors.OptionError, "batch_size=0: must be 1 or more"),

@@ -83,8 +83,8 @@ def test_the_cache_is_what_a_setting_says(trained):
     assert found[0] == pytest.approx(perplexity(model, windows), abs=1e-4)
     assert min(abs(a - b) for place, a in enumerate(found) for b in found[:place]) > 0.01
     assert cache_options(None) == CacheOptions(kv_bits=16)
-    options = parse_setting("K3V5-norot", {"kv_group": 32, "kv_clip": 0.9}).options
-    assert cache_options(options) == CacheOptions(3, 5, group=32, clip=0.9, rotation="none")
+    options = parse_setting("K3V5-norot", {"kv_group": 32, "k_clip": 0.9, "v_clip": 0.8}).options
+    assert cache_options(options) == CacheOptions(3, 5, group=32, k_clip=0.9, v_clip=0.8, rotation="none")
     with pytest.raises(OptionError, match="kv_sym=True: codes of a cache have a zero point"):
         cache_options(parse_setting("KV4", {"kv_sym": True}).options)
 

@@ -307,7 +307,7 @@ def test_the_state_of_another_calibration_is_refused(tmp_path):
         quarot_fx.calibrate(decoder(), ids(), state=tmp_path, gptq={"act_order": True})
     with pytest.raises(CalibrationStateError, match=r"begun with tokens="):
         quarot_fx.calibrate(decoder(), ids(seed=1), state=tmp_path)
-    with pytest.raises(CalibrationStateError, match=r"step 0, .*block.query.weight.*, rounded other weights"):
+    with pytest.raises(CalibrationStateError, match=r"step 0, .*block.query.weight.*, was about other weights"):
         quarot_fx.calibrate(decoder(seed=1), ids(), state=tmp_path)
     quarot_fx.calibrate(decoder(), ids(), state=tmp_path, kernels="none")  # which changes no code
 
@@ -380,5 +380,5 @@ def test_the_report_is_data(tmp_path):
     calibration = quarot_fx.calibrate(decoder(), ids(), gptq={"damping": 0, "max_damping": 0.5}, **WEIGHTS_ONLY)
     record = json.loads(json.dumps(calibration.as_dict()))
     assert record["weights"][0]["parameter"] == "block.query.weight"
-    assert record["options"]["damping"] == 0
+    assert record["gptq"]["damping"] == 0
     assert "24 x 12 tokens" in str(calibration)

@@ -341,3 +341,45 @@ def test_a_save_that_is_killed_leaves_the_checkpoint_from_before(folder, module,
     assert torch.equal(load(folder)(IDS), expected)
     quarot_fx.save(load(folder), folder, IDS, w_clip=1.0)
     assert {path.name for path in folder.iterdir()} == {INDEX, *read_manifest(folder).shards}, "remains are removed"
+
+
+# -- learned rotations -----------------------------------------------------------------------------
+
+
+@pytest.fixture
+def with_learned(tmp_path):
+    """A checkpoint with learned rotations."""
+    model = fill(Decoder())
+    tokens = torch.arange(24).view(2, 12) % 16
+    learned = quarot_fx.learn_rotations(model, tokens, learning={"steps": 1, "batch": 2})
+    quarot_fx.save(model, tmp_path / "learned", tokens, learned_rotations=learned)
+    return tmp_path / "learned"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda q: q.pop("learned"), "its options name the rotations 'learned-.*', and it holds None"),
+        (
+            lambda q: q["options"].update(learned_rotations="/etc"),
+            "its options name the rotations '/etc', and",
+        ),
+        (lambda q: q["learned"][0].update(absorbed_by=["x"]), "its options name the rotations 'learned-.*', and it h"),
+        (lambda q: q["learned"][0].update(rotation="learned-8-0"), "the matrix of learned-8-0 is that of learned-16-"),
+        (lambda q: q["learned"][0].update(tensor="none"), "'none' is named and not described"),
+        (lambda q: q["learned"][0].update(tensor=q["codes"][0]["packed"]), r"is U8 \[.*\] and has to be F64"),
+        (lambda q: q["learned"][0].update(absorbed_by=[1]), "absorbed_by is int, not str"),
+    ],
+)
+def test_learned_rotations_that_cannot_be(with_learned, change, message):
+    change_index(with_learned, change)
+    with pytest.raises(CheckpointFormatError, match=message):
+        load(with_learned)
+
+
+def test_a_learned_matrix_that_is_no_rotation(with_learned):
+    (shard,) = with_learned.glob("*.safetensors")
+    tensors = {name: 2 * one if name.startswith("learned") else one for name, one in load_file(shard).items()}
+    forge(with_learned, shard, lambda shard: save_file(tensors, shard))
+    with pytest.raises(CheckpointFormatError, match=r"is no rotation: .* differs from the identity"):
+        load(with_learned)

@@ -14,7 +14,8 @@ from transformers import StaticCache
 
 import quarot_fx
 from quarot_fx.checkpoint.shards import INDEX
-from quarot_fx.errors import NotInCheckpointError, OriginalsFreedError, SaveError
+from quarot_fx.errors import CheckpointOptionError, NotInCheckpointError, OriginalsFreedError, SaveError
+from quarot_fx.learning.rotations import LearnedRotations
 
 EAGER = {"nested_backend": "eager"}
 IDS = random_token_ids(2)
@@ -50,6 +51,25 @@ def assert_equal(actual, expected):
 def load(folder, model=None, **options):
     torch._dynamo.reset()
     return quarot_fx.load(folder, model, dynamic=False, **EAGER, **options)
+
+
+def test_learned_rotations_are_in_the_checkpoint(tmp_path, monkeypatch):
+    """Also those that a cache of real numbers makes a graph apply online."""
+    model = tiny_model("llama")
+    learned = quarot_fx.learn_rotations(model, IDS, learning={"steps": 1, "batch": 2, "rate": 0.3})
+    folder, again = tmp_path / "checkpoint", tmp_path / "again"
+    expected = logits(compiled(model, learned_rotations=learned))
+    quarot_fx.save(model, folder)
+    assert "learned_rotations" not in json.loads((folder / "config.json").read_text())["quantization_config"]
+    monkeypatch.setattr("quarot_fx.learning.rotations._KNOWN", {})  # as in another process
+    monkeypatch.setattr("quarot_fx.rotation._GIVEN", given := {})
+    loaded = load(folder)
+    assert len(given) == len(learned) == 2
+    assert_equal(logits(loaded), expected)
+    quarot_fx.save(loaded, again)
+    assert_equal(logits(load(again)), expected)
+    with pytest.raises(CheckpointOptionError, match="it was made with learned_rotations='learned-"):
+        load(folder, learned_rotations=LearnedRotations(learned.rotations[:1]))
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,13 @@ from typer.testing import CliRunner
 import quarot_fx
 from quarot_fx.cli import app
 from quarot_fx.cli.perplexity import measure
-from quarot_fx.cli.settings import DEFAULT_SETTINGS, parse_gptq_options, parse_options, parse_setting
+from quarot_fx.cli.settings import (
+    DEFAULT_SETTINGS,
+    parse_gptq_options,
+    parse_learning_options,
+    parse_options,
+    parse_setting,
+)
 from quarot_fx.errors import NotFoundError, OptionError, UnknownOptionError
 from quarot_fx.progress import track
 from quarot_fx.text import read_text, split_windows
@@ -72,6 +78,28 @@ def test_gptq_and_options_of_one_setting():
     assert setting.gptq == {"act_order": True, "target": "model"}
     assert {"w_group": 64, "w_sym": False, "rotation": "none"}.items() <= setting.options.items()
     assert parse_gptq_options(["damping=0.1", "target=model"]) == {"damping": 0.1, "target": "model"}
+
+
+def test_learned_rotations_of_one_setting():
+    spelled_out, short = (
+        parse_setting("W4A4KV4 with learned rotations with gptq"),
+        parse_setting("W4A4KV4-learned-gptq"),
+    )
+    assert spelled_out.options == short.options == parse_setting("W4A4KV4-gptq").options
+    assert (short.learning, short.gptq, parse_setting("W4A4KV4-gptq").learning) == ({}, {}, None)
+    setting = parse_setting("W4A4-learned-gptq{steps=5 a_group=64 target=model seed=1 loss=cross-entropy}")
+    assert setting.learning == {"steps": 5, "loss": "cross-entropy"}
+    assert setting.gptq == {"target": "model"}
+    assert {"a_group": 64, "seed": 1}.items() <= setting.options.items()
+    assert parse_learning_options(["steps=5", "heads=False"]) == {"steps": 5, "heads": False}
+    with pytest.raises(OptionError, match="steps=0"):
+        parse_setting("W4A4-learned{steps=0}")
+    with pytest.raises(UnknownOptionError, match="unknown option 'steps'"):
+        parse_setting("W4A4{steps=5}")
+    with pytest.raises(UnknownOptionError, match="Did you mean 'batch'"):
+        parse_learning_options(["batches=5"])
+    with pytest.raises(UnknownOptionError, match="unknown setting"):
+        parse_setting("W4A4-norot-learned")
 
 
 def test_mistakes_in_settings_are_typed():
@@ -233,6 +261,25 @@ def test_eval_calibrates_on_a_text(tiny_folder, tmp_path):
     assert (of_gptq["gptq"]["act_order"], of_gptq["gptq"]["damping"]) == (True, 0.1)
     assert of_gptq["options"]["w_rounding"] == "gptq"
     assert of_gptq["ratio"] == pytest.approx(1, abs=0.2)
+
+
+def test_eval_learns_rotations_on_a_text(tiny_folder, tmp_path):
+    settings, file = "W4A4,W4A4-learned-gptq{steps=2}", tmp_path / "out.json"
+    shape = ("--windows", 2, "--window-length", 16, "--settings", settings)
+    message = "W4-learned needs a text to calibrate on"
+    assert message in run("eval", tiny_folder, *shape[:-1], "W4-learned", exit_code=1)
+    data = ("--calibration", "pydoc", "--samples", 5, "--learning", "batch=2", "--learning", "rate=0.2")
+    run("eval", tiny_folder, *shape, *data, "--json", file)
+    random, learned = json.loads(file.read_text())["results"]
+    assert "learning" not in random
+    assert (learned["learning"]["steps"], learned["learning"]["batch"]) == (2, 2)
+    assert len(learned["losses"]) == 2
+    assert learned["perplexity"] != random["perplexity"]
+
+
+def test_quantize_takes_a_folder_of_learned_rotations(tiny_folder, tmp_path):
+    message = "give a folder of rotations, -o learned_rotations=FOLDER"
+    assert message in run("quantize", tiny_folder, tmp_path / "out", "--setting", "W4A4-learned", exit_code=1)
 
 
 def test_eval_writes_what_it_knows_after_every_setting(tiny_folder, tmp_path, monkeypatch):

@@ -13,7 +13,7 @@ from test_cached_graphs import BATCH, BY_NAME, CHUNK, LENGTH, PROMPT, ROOM, buil
 
 from quarot_fx.float64 import relative_difference
 
-OPS = ("append", "append_dequantize", "attend_packed", "unpack", "pack", "dequantize", "index_copy", "rope_rotate")
+OPS = ("append_pair", "append_dequantize", "attend_packed", "unpack", "pack", "dequantize", "index_copy", "rope_rotate")
 
 pytestmark = pytest.mark.usefixtures("graphs")
 
@@ -35,11 +35,11 @@ def reasons(report, name):
     ("stage", "expected"),
     [
         ("prompt", {"append_dequantize": 2 * LAYERS, "rope_rotate": LAYERS}),  # those of queries stay
-        ("chunk", {"append": 2 * LAYERS, "attend_packed": LAYERS, "rope_rotate": LAYERS}),
-        ("decode", {"append": 2 * LAYERS, "attend_packed": LAYERS, "rope_rotate": LAYERS}),
+        ("chunk", {"append_pair": LAYERS, "attend_packed": LAYERS, "rope_rotate": LAYERS}),
+        ("decode", {"append_pair": LAYERS, "attend_packed": LAYERS, "rope_rotate": LAYERS}),
     ],
 )
-def test_a_layer_has_one_op_for_keys_one_for_values_and_one_that_attends(stage, expected):
+def test_a_layer_has_one_op_that_stores_and_one_that_attends(stage, expected):
     names, report = fused(double_model("llama"), "static", stage, check=True)
     assert names == expected
     assert reasons(report, "fuse-appends") == (2 * LAYERS, [])
@@ -51,7 +51,7 @@ def test_what_stays_in_a_window_is_named():
     """A token goes to its place in the window; of a prompt that is longer, only the end does."""
     model = build(BY_NAME["gemma3_text"])
     names, report = fused(model, "static", "decode")
-    assert (names["append"], names["attend_packed"]) == (2 * LAYERS, LAYERS)
+    assert (names["append_pair"], names["attend_packed"]) == (LAYERS, LAYERS)
     assert reasons(report, "fuse-appends") == (2 * LAYERS, [])
     names, report = fused(model, "static", "prompt")
     matched, found = reasons(report, "fuse-appends")

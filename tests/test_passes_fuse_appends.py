@@ -14,6 +14,7 @@ from quarot_fx.passes.fuse_appends import FuseAppends
 from quarot_fx.passes.fuse_attention import FuseAttention
 from quarot_fx.passes.fuse_packed_attention import FusePackedAttention
 from quarot_fx.passes.lower_ops import LowerOps
+from quarot_fx.passes.pair_appends import PairAppends
 from quarot_fx.passes.quantize_caches import QuantizeCaches
 from quarot_fx.store import WeightStore
 
@@ -89,7 +90,8 @@ def fused(module, scheme=PLAIN, count=3):
 
 
 def embedded(x):
-    angle = (torch.arange(x.shape[2])[:, None] * 0.1 ** torch.arange(SIZE // 2).repeat(2))[None]
+    place, pair = (torch.arange(count, device=x.device) for count in (x.shape[2], SIZE // 2))
+    angle = (place[:, None] * 0.1 ** pair.repeat(2))[None]
     return quarot.rope_rotate(x, angle.cos(), angle.sin(), ROTATION)
 
 
@@ -274,21 +276,22 @@ class Layers(torch.nn.Module):
         self.layers, self.is_empty = torch.nn.ModuleList([Layer(), Layer()]), is_empty
 
     def forward(self, x, length, *held):
-        position = torch.arange(x.shape[1]) + length
-        mask = None if self.is_empty else torch.arange(CAPACITY) <= position[:, None]
+        position = torch.arange(x.shape[1], device=x.device) + length
+        mask = None if self.is_empty else torch.arange(CAPACITY, device=x.device) <= position[:, None]
         for index, layer in enumerate(self.layers):
             x = layer(x, position, mask, held[6 * index : 6 * index + 3], held[6 * index + 3 : 6 * index + 6])
         length.add_(x.shape[1])
         return x
 
 
-PASSES = FuseAttention, FusePackedAttention, FuseAppends
+PASSES = FuseAttention, FusePackedAttention, FuseAppends, PairAppends
 
 
-def layers(is_empty):
+def layers(is_empty, device="cpu"):
     count = 5 if is_empty else 1
     inputs = [tokens(BATCH, count, 16), torch.tensor(0), *(tensor for _ in range(4) for tensor in cache())]
-    return captured(Layers(is_empty), *inputs), inputs
+    inputs = [tensor.to(device) for tensor in inputs]
+    return captured(Layers(is_empty).to(device), *inputs), inputs
 
 
 def test_two_layers_take_a_prompt_and_tokens_as_before():
@@ -296,8 +299,8 @@ def test_two_layers_take_a_prompt_and_tokens_as_before():
     fast_prompt, fast_step = (rewritten(one, *(p(REFERENCE) for p in PASSES)) for one in (prompt, step))
     assert targets(fast_prompt).count("append_dequantize") == 4
     assert targets(fast_step).count("attend_packed") == 2
-    ops = [op for op in targets(fast_step) if op in ("append", "attend_packed")]
-    assert ops == ["append", "append", "attend_packed"] * 2
+    ops = [op for op in targets(fast_step) if op in ("append", "append_pair", "attend_packed")]
+    assert ops == ["append_pair", "attend_packed"] * 2
     assert not {"unpack", "dequantize", "index_copy", "scaled_dot_product_attention"} & set(targets(fast_step))
     x, *state = inputs
     ours, theirs = ([tensor.clone() for tensor in state] for _ in range(2))
@@ -337,7 +340,7 @@ def test_the_compiler_of_the_rest_copies_no_cache(is_static):
     torch.testing.assert_close(compiled[0], expected[0], rtol=1e-5, atol=1e-4)
     torch.testing.assert_close(inputs[1:], expected_inputs[1:], rtol=1e-5, atol=1e-5)
     call = code[code.index("def call") :]
-    assert call.count("torch.ops.quarot.append.default(arg") == 4
+    assert call.count("torch.ops.quarot.append_pair.default(arg") == 2
     assert f"({BATCH}, {HEADS}, {CAPACITY}, {SIZE // 2})" not in "".join(
         line for line in call.splitlines() if "empty_strided" in line
     )
@@ -346,9 +349,9 @@ def test_the_compiler_of_the_rest_copies_no_cache(is_static):
 @pytest.mark.kernels
 def test_kernels_append_and_attend():
     pytest.importorskip("triton")
-    program, inputs = layers(False)
+    program, inputs = layers(False, "cuda" if torch.cuda.is_available() else "cpu")
     result = rewritten(program, *(p() for p in PASSES), LowerOps())
-    for name in ("append", "attend_packed"):
+    for name in ("append_pair", "attend_packed"):
         assert node_named(result, f"quarot_triton.{name}.default")
     ours, theirs = ([tensor.clone() for tensor in inputs] for _ in range(2))
     with torch.no_grad():

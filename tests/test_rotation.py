@@ -6,7 +6,13 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from quarot_fx import rotation as rotation_module
-from quarot_fx.errors import OptionError, RotationSizeError, UnknownOptionError
+from quarot_fx.errors import (
+    NotOrthogonalError,
+    OptionError,
+    RotationSizeError,
+    UnknownMatrixError,
+    UnknownOptionError,
+)
 from quarot_fx.rotation import Rotation
 
 KINDS = ("hadamard", "random-hadamard", "random")
@@ -200,3 +206,49 @@ def test_apply_can_be_traced_with_dynamic_shapes() -> None:
     graph = make_fx(lambda x: rotation.apply(x), tracing_mode="symbolic", pre_dispatch=True)(randn(4, 36))
     x = randn(7, 36)
     assert_close(graph(x), x @ rotation.matrix())
+
+
+# -- given matrices --------------------------------------------------------------------------------
+
+
+def test_a_given_matrix_is_known_by_its_content() -> None:
+    q = Rotation("random", 12).matrix()
+    rotation = Rotation.of_matrix(q)
+    assert rotation == Rotation.parse(str(rotation)) == Rotation.of_matrix(q.clone())
+    assert rotation.description() == "learned orthogonal 12"
+    assert rotation.flops_per_element == 12
+    assert torch.equal(rotation.matrix(), q)
+    assert_close(rotation.apply(x := randn(3, 24)).reshape(3, 2, 12), x.reshape(3, 2, 12) @ q)
+    assert_close(rotation.apply(rotation.apply(x), inverse=True), x)
+    assert rotation != Rotation.of_matrix(-q)
+
+
+def test_a_matrix_in_float32_becomes_exact() -> None:
+    q = Rotation("random", 100).matrix().float()
+    exact = Rotation.of_matrix(q).matrix()
+    assert_close(exact @ exact.T, torch.eye(100, dtype=torch.float64))
+    assert_close(exact, q.double(), atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("matrix", "message"),
+    [
+        (torch.ones(2, 2), "differs from the identity by 2.0e\\+00, and may by 1e-06"),
+        (torch.eye(3) * (1 + 1e-5), "differs from the identity by 2.0e-05"),
+        (torch.full((2, 2), torch.nan), "differs from the identity by nan"),
+        (torch.eye(3)[:2], r"its shape is \[2, 3\], not that of a square"),
+        (torch.eye(0), r"its shape is \[0, 0\], not that of a square"),
+    ],
+)
+def test_a_matrix_that_is_no_rotation(matrix: torch.Tensor, message: str) -> None:
+    with pytest.raises(NotOrthogonalError, match=message + ".*Give an orthogonal matrix"):
+        Rotation.of_matrix(matrix)
+
+
+def test_a_matrix_of_another_process_is_not_known() -> None:
+    rotation = Rotation.parse("learned-4-0123456789abcdef")
+    with pytest.raises(UnknownMatrixError, match="learned-4-0123456789abcdef is not known in this process"):
+        rotation.apply(randn(4))
+    for kind, digest in (("learned", ""), ("hadamard", "0123456789abcdef")):
+        with pytest.raises(OptionError, match="see of_matrix"):
+            Rotation(kind, 4, digest=digest)

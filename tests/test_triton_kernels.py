@@ -91,13 +91,15 @@ def test_nan_shows_in_its_row_only(symmetric: bool, count: int) -> None:
 # -- rotations ----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("size", [4096, 8960, 14336])  # of which the second fills no block
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    ("size", "dtype"),  # of which the first fills no block
+    [(8960, torch.bfloat16), (4096, torch.float16), (14336, torch.float16), (4096, torch.float32)],
+)
 @pytest.mark.parametrize("symmetric", [True, False])
 def test_several_programs_make_of_a_row_what_one_makes(size: int, dtype: torch.dtype, symmetric: bool) -> None:
     from quarot_fx.lowering.triton.rotate_quantize import rotate_quantize
 
-    whole = split(Rotation.parse(f"hadamard-{size}"), size, inner=1)
+    whole = split(Rotation.parse(f"hadamard-{size}"), size, 1, dtype)
     assert whole is not None
     assert whole.has_parts
     x, gate = torch.randn(2, 3, size, generator=torch.Generator().manual_seed(0)).to(dtype)
@@ -131,8 +133,54 @@ def test_keys_may_be_split_among_any_number_of_programs(programs: int) -> None:
     torch.testing.assert_close(attend(*arguments, launch=launch), expected, rtol=1e-5, atol=1e-5)
 
 
+def packed_attention(keys: int, bits: int, dtype: torch.dtype) -> list[Any]:
+    """Return queries of four heads, packed keys and packed values that they share, no mask, and the rest of the op."""
+    generator = torch.Generator().manual_seed(0)
+    q, rows = (
+        torch.randn(1, 4, 1, 128, generator=generator).to(dtype),
+        torch.randn(2, 1, 1, keys, 128, generator=generator),
+    )
+    quantize, pack = (DECLARATIONS[name].reference for name in ("quantize_asymmetric", "pack"))
+    caches = [(pack(codes, bits), *scheme) for codes, *scheme in (quantize(x, bits, None, 1.0) for x in rows)]
+    return on_device((q, *caches[0], *caches[1], None, 0.1, bits, bits, 128))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    ("keys_of_a_warp", "warps", "programs"), [(16, 1, 1), (32, 2, 3), (64, 4, 1), (16, 4, 1000), (32, 1, 1000)]
+)
+def test_packed_keys_may_be_split_among_any_number_of_warps(
+    keys_of_a_warp: int, warps: int, programs: int, dtype: torch.dtype
+) -> None:
+    from quarot_fx.lowering.triton.attend_packed import attend_packed
+
+    arguments = packed_attention(300, 4, dtype)
+    launch = {"KEYS": keys_of_a_warp, "PROGRAMS": programs, "num_warps": warps}
+    check_agrees(
+        DECLARATIONS["attend_packed"], attend_packed(*arguments, launch=launch),
+        DECLARATIONS["attend_packed"].reference(*arguments).cpu(), codes=0,
+    )  # fmt: skip
+
+
+def test_packed_keys_and_values_that_a_mask_hides_are_not_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("quarot_fx.lowering.triton.split_attention.MOST_SPLITS", 2)
+    arguments = packed_attention(1500, 4, torch.bfloat16)
+    place = torch.arange(1500, device=DEVICE)
+    is_read = (place >= 512) & (place < 1024)  # whole blocks of any size that a table names
+    for scale in (arguments[2], arguments[5]):
+        scale[:, :, ~is_read] = torch.nan
+    seen = is_read & (place != 700)
+    arguments[7] = seen.expand(1, 1, 1, 1500)
+    actual = DECLARATIONS["attend_packed"].providers["triton"].implementation(*arguments)
+    rows = [x[:, :, seen] for x in arguments[1:7]]
+    expected = DECLARATIONS["attend_packed"].reference(arguments[0], *rows, None, *arguments[8:])
+    check_agrees(DECLARATIONS["attend_packed"], actual, expected.cpu(), codes=0)
+
+
 @pytest.mark.parametrize("is_boolean", [True, False])
-def test_keys_and_values_that_a_mask_hides_are_not_read(is_boolean: bool) -> None:
+def test_keys_and_values_that_a_mask_hides_are_not_read(is_boolean: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    # A program with one block reads it, whatever a mask leaves of it.
+    monkeypatch.setattr("quarot_fx.lowering.triton.split_attention.MOST_SPLITS", 2)
     q, k, v = attention(1500)
     place = torch.arange(1500, device=DEVICE)
     is_read = (place >= 512) & (place < 1024)  # whole blocks of any size that a table names

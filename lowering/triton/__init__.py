@@ -3,13 +3,20 @@
 Importing this package imports neither Triton nor CUDA: ``<op>.py`` is imported when its op first runs.
 
 ``<op>``          launches the kernels of ``quarot::<op>``
-``rotate_quantize_parts``  ``rotate_quantize`` of few long rows
+``rotate_quantize_parts``  ``rotate_quantize`` of few long rows that have no slabs
+``rotate_slabs``  the part of a Hadamard transform that a warp does by itself
 ``int_gemv``      the matrix product for one or two tokens
 ``int_matmul``    the matrix product for any number of tokens
-``language``      device functions that kernels share
+``split_attention``  what the kernels of ``attend`` and ``attend_packed`` share
+``packed_operands``  packed keys and values as operands of tensor cores
+``packed_codes``  device functions that make numbers of packed codes
+``quantization``  device functions that quantise
+``activations``   device functions that apply an activation
+``language``      device functions that differ in the interpreter
+``explicit_layouts``  the same of Gluon, Triton with explicit layouts
 ``device``        what a device can do
 ``rows``          where the rows of an activation are
-``rotation_matrices``  a Hadamard transform as products with two small matrices
+``rotation_matrices``  a Hadamard transform as products with small matrices
 ``tiles``         launch parameters, from measured tables
 ``support``       which arguments each op's kernels take
 ``preparation``   what launches need besides their arguments

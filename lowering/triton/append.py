@@ -7,19 +7,21 @@ but this row: as few instructions as possible, which are fetched for the first t
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from typing import Any
+
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from quarot_fx.lowering.triton.device import describe
-from quarot_fx.lowering.triton.language import (
-    dot,
+from quarot_fx.lowering.triton.language import dot, keep, let_dependents_start, round_to, wait_for_inputs
+from quarot_fx.lowering.triton.quantization import (
+    ROUND_TO_INTEGER,
+    ROUND_TO_INTEGER_BITS,
     encode_asymmetric,
-    keep,
-    let_dependents_start,
     low_byte,
-    round_to,
-    wait_for_inputs,
 )
 from quarot_fx.lowering.triton.rope_rotate import embedded_halves, load_halves
 from quarot_fx.lowering.triton.rotate import PRECISIONS, load_matrix
@@ -31,6 +33,18 @@ ONE_WARP = 256  # elements that one warp takes, without a barrier
 
 @triton.jit
 def _append(
+    keys, values, key_heads, KEYS: tl.constexpr, VALUES: tl.constexpr, TOKENS: tl.constexpr, EARLY: tl.constexpr
+):
+    """Append keys or values, of ``key_heads`` heads in all sequences together, and others, if there are any."""
+    head = tl.program_id(1)
+    if VALUES is None or head < key_heads:
+        _append_tile(*keys, head, KEYS, TOKENS, EARLY)
+    else:
+        _append_tile(*values, head - key_heads, VALUES, TOKENS, EARLY)
+
+
+@triton.jit
+def _append_tile(
     x,
     cos,
     sin,
@@ -58,18 +72,20 @@ def _append(
     stride_zero_batch,
     stride_zero_head,
     stride_zero,
-    SIZE: tl.constexpr,
-    BLOCK: tl.constexpr,
-    HALF_BLOCK: tl.constexpr,
-    GROUPS: tl.constexpr,
-    GROUP_BLOCKS: tl.constexpr,
-    BITS: tl.constexpr,
+    head_of_all,
+    SCHEME: tl.constexpr,
     TOKENS: tl.constexpr,
-    PRECISION: tl.constexpr,
     EARLY: tl.constexpr,
 ):
     """Take TOKENS of one head; a row of BLOCK elements has GROUP_BLOCKS groups, of which GROUPS hold the head."""
-    batch, head = (tl.program_id(1) // heads).to(tl.int64), (tl.program_id(1) % heads).to(tl.int64)
+    SIZE: tl.constexpr = SCHEME[0]
+    BLOCK: tl.constexpr = SCHEME[1]
+    HALF_BLOCK: tl.constexpr = SCHEME[2]
+    GROUPS: tl.constexpr = SCHEME[3]
+    GROUP_BLOCKS: tl.constexpr = SCHEME[4]
+    BITS: tl.constexpr = SCHEME[5]
+    PRECISION: tl.constexpr = SCHEME[6]
+    batch, head = (head_of_all // heads).to(tl.int64), (head_of_all % heads).to(tl.int64)
     token, column = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS), tl.arange(0, BLOCK)
     if cos is not None:
         upper, lower = load_halves(matrix, SIZE, BLOCK, HALF_BLOCK)
@@ -96,20 +112,29 @@ def _append(
     rows = tl.reshape(values.to(tl.float32), (TOKENS * GROUP_BLOCKS, BLOCK // GROUP_BLOCKS))
     row_codes, step, zeros = encode_asymmetric(rows, clip, BITS)
     if y is not None:
-        numbers = tl.reshape((row_codes - zeros[:, None]) * step[:, None], (TOKENS, BLOCK))
-        at = (tl.program_id(1).to(tl.int64) * tokens + token[:, None]) * SIZE + column[None, :]
+        numbers = tl.reshape((row_codes - ROUND_TO_INTEGER) * step[:, None], (TOKENS, BLOCK))
+        at = (head_of_all.to(tl.int64) * tokens + token[:, None]) * SIZE + column[None, :]
         tl.store(y + at, round_to(numbers, y.dtype.element_ty), mask=mask)
-    CODES: tl.constexpr = 8 // BITS  # of a byte
-    BYTES: tl.constexpr = (SIZE * BITS + 7) // 8
-    token_codes = tl.reshape(row_codes, (TOKENS, BLOCK))
+    WORD: tl.constexpr = codes.dtype.element_ty.primitive_bitwidth
+    CODES: tl.constexpr = WORD // BITS  # of a word
+    WORDS: tl.constexpr = (SIZE * BITS + WORD - 1) // WORD
+    integers = row_codes.to(tl.int32, bitcast=True) - ROUND_TO_INTEGER_BITS
+    # Zero points are added to words where that is one for each, which takes fewer additions.
+    IS_OF_WORDS: tl.constexpr = SIZE % CODES == 0 and BLOCK // GROUP_BLOCKS >= CODES
+    if not IS_OF_WORDS:
+        integers += zeros.to(tl.int32)[:, None]
+    token_codes = tl.reshape(integers, (TOKENS, BLOCK))
     if SIZE % CODES:
-        token_codes = tl.where((column < SIZE)[None, :], token_codes, 0.0)  # the last byte is filled up with zeros
-    if CODES > 1:
-        factors = (1 << (tl.arange(0, CODES) * BITS)).to(tl.float32)  # that put codes side by side, exactly
-        token_codes = tl.sum(tl.reshape(token_codes, (TOKENS, BLOCK // CODES, CODES)) * factors[None, None, :], axis=2)
-    byte, group = tl.arange(0, BLOCK // CODES), tl.arange(0, GROUP_BLOCKS)
-    at = codes + batch * stride_codes_batch + head * stride_codes_head + place[:, None] * stride_codes + byte[None, :]
-    tl.store(at, low_byte(token_codes), mask=is_stored[:, None] & (byte < BYTES)[None, :])
+        token_codes = tl.where((column < SIZE)[None, :], token_codes, 0)  # the last word is filled up with zeros
+    word, group = tl.arange(0, BLOCK // CODES), tl.arange(0, GROUP_BLOCKS)
+    places = tl.arange(0, CODES) * BITS
+    words = tl.sum(tl.reshape(token_codes, (TOKENS, BLOCK // CODES, CODES)) << places[None, None, :], axis=2)
+    if IS_OF_WORDS:
+        ONES: tl.constexpr = (2**WORD - 1) // (2**BITS - 1)  # a one in the place of each code
+        in_groups = tl.reshape(words, (TOKENS * GROUP_BLOCKS, BLOCK // CODES // GROUP_BLOCKS))
+        words = tl.reshape(in_groups + (zeros.to(tl.int32) * ONES)[:, None], (TOKENS, BLOCK // CODES))
+    at = codes + batch * stride_codes_batch + head * stride_codes_head + place[:, None] * stride_codes + word[None, :]
+    tl.store(at, words.to(codes.dtype.element_ty), mask=is_stored[:, None] & (word < WORDS)[None, :])
     mask = is_stored[:, None] & (group < GROUPS)[None, :]
     at = batch * stride_scale_batch + head * stride_scale_head + place[:, None] * stride_scale + group[None, :]
     tl.store(scale + at, tl.reshape(step, (TOKENS, GROUP_BLOCKS)), mask=mask)
@@ -117,55 +142,79 @@ def _append(
     tl.store(zero + at, low_byte(tl.reshape(zeros, (TOKENS, GROUP_BLOCKS))), mask=mask)
 
 
-def append(
-    codes: Tensor,
-    scale: Tensor,
-    zero: Tensor,
-    x: Tensor,
-    position: Tensor,
-    cos: Tensor | None,
-    sin: Tensor | None,
-    rotation: str | None,
-    bits: int,
-    group: int | None,
-    clip: float,
-) -> None:
+def append(*new: Any) -> None:
     """Do what the op declares."""
-    append_rows(codes, scale, zero, x, position, cos, sin, rotation, bits, group, clip, None)
+    launch_appends(New(*new))
 
 
-def append_rows(
-    codes: Tensor,
-    scale: Tensor,
-    zero: Tensor,
-    x: Tensor,
-    position: Tensor,
-    cos: Tensor | None,
-    sin: Tensor | None,
-    rotation: str | None,
-    bits: int,
-    group: int | None,
-    clip: float,
-    y: Tensor | None,
-) -> None:
-    """Append x to a cache, and store the numbers that its codes stand for in y, if that is there."""
-    if not x.numel():
+@dataclass(frozen=True)
+class New:
+    """What is appended to a cache: the arguments of ``quarot::append``.
+
+    Attributes:
+        y: where the numbers that the codes stand for are stored as well, if anywhere.
+    """
+
+    codes: Tensor
+    scale: Tensor
+    zero: Tensor
+    x: Tensor
+    position: Tensor
+    cos: Tensor | None
+    sin: Tensor | None
+    rotation: str | None
+    bits: int
+    group: int | None
+    clip: float
+    y: Tensor | None = None
+
+    @property
+    def block(self) -> int:
+        """Elements of a head in a program's tile."""
+        return power_of_two_from(self.x.shape[-1])
+
+    def arguments(self) -> tuple[Any, ...]:
+        """Return what a program is told when it runs."""
+        _, heads, tokens, size = self.x.shape
+        x = self.x if self.x.stride(-1) == 1 else self.x.contiguous()
+        matrix, norm = (None, 1.0) if self.rotation is None else head_matrix(self.rotation, size, x.device, x.dtype)
+        cos, sin, stride_angles = self.cos, self.sin, 0
+        if cos is not None and sin is not None:
+            cos, sin = cos.contiguous(), sin.contiguous()
+            stride_angles = 0 if len(cos) == 1 else tokens * size
+        codes = self.words()
+        return (
+            x, cos, sin, matrix, self.position, codes, self.scale, self.zero, self.y,
+            heads, tokens, self.codes.shape[2], norm, self.clip, *x.stride()[:3], stride_angles,
+            *codes.stride()[:3], *self.scale.stride()[:3], *self.zero.stride()[:3],
+        )  # fmt: skip
+
+    def words(self) -> Tensor:
+        """Return the codes of the cache in words of 32 bits, if a row is some, else in bytes."""
+        is_of_words = not any(n % 4 for n in (*self.codes.stride()[:-1], self.codes.storage_offset()))
+        return self.codes.view(torch.int32) if is_of_words and self.codes.shape[-1] % 4 == 0 else self.codes
+
+    def scheme(self) -> tuple[Any, ...]:
+        """Return what a program is compiled for."""
+        size, groups = self.x.shape[-1], self.scale.shape[-1]
+        group_blocks = 1 if groups == 1 else self.block // (size // groups)
+        half = power_of_two_from(size // 2)
+        return size, self.block, half, groups, group_blocks, self.bits, PRECISIONS[self.x.dtype]
+
+
+def launch_appends(keys: New, values: New | None = None) -> None:
+    """Append to one cache, or to two at the same positions."""
+    parts = [keys] if values is None else [keys, values]
+    if not any(part.x.numel() for part in parts):
         return
-    batch, heads, tokens, size = x.shape
-    x = x if x.stride(-1) == 1 else x.contiguous()
-    matrix, norm = (None, 1.0) if rotation is None else head_matrix(rotation, size, x.device, x.dtype)
-    stride_angles = 0
-    if cos is not None and sin is not None:
-        cos, sin = cos.contiguous(), sin.contiguous()
-        stride_angles = 0 if len(cos) == 1 else tokens * size
-    row, tile = power_of_two_from(size), min(power_of_two_from(tokens, smallest=1), MOST_TOKENS)
-    early = describe(x.device).starts_early
-    _append[(triton.cdiv(tokens, tile), batch * heads)](
-        x, cos, sin, matrix, position, codes, scale, zero, y, heads, tokens, codes.shape[2], norm, clip,
-        *x.stride()[:3], stride_angles, *codes.stride()[:3], *scale.stride()[:3], *zero.stride()[:3],
-        SIZE=size, BLOCK=row, HALF_BLOCK=power_of_two_from(size // 2),
-        GROUPS=scale.shape[-1], GROUP_BLOCKS=1 if scale.shape[-1] == 1 else row // group,
-        BITS=bits, TOKENS=tile, PRECISION=PRECISIONS[x.dtype], EARLY=early, launch_pdl=early,
-        num_warps=1 if rotation is None and tile * row <= ONE_WARP else 4,
+    tokens = keys.x.shape[2]
+    tile = min(power_of_two_from(tokens, smallest=1), MOST_TOKENS)
+    heads = [part.x.shape[0] * part.x.shape[1] for part in parts]
+    is_small = all(part.rotation is None and tile * part.block <= ONE_WARP for part in parts)
+    early = describe(keys.x.device).starts_early
+    _append[(triton.cdiv(tokens, tile), sum(heads))](
+        keys.arguments(), None if values is None else values.arguments(), heads[0],
+        KEYS=keys.scheme(), VALUES=None if values is None else values.scheme(), TOKENS=tile,
+        EARLY=early, launch_pdl=early, num_warps=1 if is_small else 4,
         enable_fp_fusion=False,  # a product is rounded before it is added to another, as in the reference
     )  # fmt: skip

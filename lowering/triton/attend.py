@@ -8,38 +8,32 @@ every program has one block, all are read.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
-from dataclasses import dataclass
 from itertools import chain
 from typing import Any
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from quarot_fx.lowering.triton import tiles
 from quarot_fx.lowering.triton.device import describe
-from quarot_fx.lowering.triton.language import (
-    code_at,
-    code_offset,
-    codes_as_floats,
-    dot,
-    let_dependents_start,
-    prefetch,
-    round_to,
-    rounds,
-    wait_for_inputs,
+from quarot_fx.lowering.triton.language import dot, let_dependents_start, prefetch, round_to, rounds, wait_for_inputs
+from quarot_fx.lowering.triton.packed_codes import code_at, code_offset, codes_as_floats
+from quarot_fx.lowering.triton.rotation_matrices import power_of_two_from
+from quarot_fx.lowering.triton.split_attention import (
+    Parts,
+    Rows,
+    added,
+    exp,
+    expand_mask,
+    load_mask,
+    quotient,
+    split_keys,
 )
-from quarot_fx.lowering.triton.rotation_matrices import SMALLEST_BLOCK, power_of_two_from
 
-MOST_SPLITS = 128
-COMBINED = 4096  # numbers that a program combines: 32 a thread
-SCANNED = 4096  # numbers of a mask that a program looks at together, at most
 LINE_BYTES = tl.constexpr(128)  # of the cache
 PRECISION = tl.constexpr("ieee")
-LOG2_E = tl.constexpr(math.log2(math.e))
 
 
 @triton.jit
@@ -115,31 +109,6 @@ def _load_scales(scale, zero, start, end, stride, KEYS: tl.constexpr):
     key = tl.arange(0, KEYS)
     at, is_key = start.to(tl.int64) * stride + key * stride, start + key < end
     return tl.load(scale + at, mask=is_key, other=0), tl.load(zero + at, mask=is_key, other=0)
-
-
-@triton.jit
-def _load_mask(mask_at, stride, keys, is_mask):
-    """Load a mask [keys, rows]; where there is none, nothing is attended to."""
-    other = 0 if mask_at.dtype.element_ty == tl.int1 else float("-inf")
-    return tl.load(mask_at[None, :] + keys[:, None] * stride, mask=is_mask, other=other)
-
-
-@triton.jit
-def _added(loaded, IS_BOOLEAN: tl.constexpr):
-    """Return what a mask adds to scores, -inf for keys that are not attended to."""
-    return tl.where(loaded != 0, 0.0, float("-inf")) if IS_BOOLEAN else loaded.to(tl.float32)
-
-
-@triton.jit
-def _exp(x, maximum):
-    """Return e^(x - maximum), and zeros where the maximum is that of nothing, -inf."""
-    return tl.exp2((x - tl.where(maximum == float("-inf"), 0.0, maximum)) * LOG2_E)
-
-
-@triton.jit
-def _quotient(x, total):
-    """Return x / total, and zeros where nothing was attended to."""
-    return x / tl.where(total == 0, 1.0, total)
 
 
 @triton.jit
@@ -241,8 +210,8 @@ def _attend(
                 place = tl.arange(0, SCANNED_BLOCKS * KEYS)
                 block = scanned * SCANNED_BLOCKS + place // KEYS
                 key = (split + block * splits) * KEYS + place % KEYS
-                loaded = _load_mask(mask_at, stride_mask, key, (key < keys)[:, None] & is_mask_row)
-                is_attended = _added(loaded, IS_BOOLEAN) != float("-inf")
+                loaded = load_mask(mask_at, stride_mask, key, (key < keys)[:, None] & is_mask_row)
+                is_attended = added(loaded, IS_BOOLEAN) != float("-inf")
                 first = tl.minimum(first, tl.min(tl.where(is_attended, block[:, None], first)))
                 last = tl.maximum(last, tl.max(tl.where(is_attended, block[:, None] + 1, 0)))
     q_rows = tl.load(q_at[None, :] + column[:, None], mask=is_column[:, None] & is_row[None, :], other=0)
@@ -261,7 +230,7 @@ def _attend(
         next_v_factor, next_v_origin = _load_scales(v_scale, v_zero, start, keys, stride_v_scale, KEYS)
     if mask is not None:
         key = start + tl.arange(0, KEYS)
-        next_mask = _load_mask(mask_at, stride_mask, key, (key < keys)[:, None] & is_mask_row)
+        next_mask = load_mask(mask_at, stride_mask, key, (key < keys)[:, None] & is_mask_row)
     for block in range(rounds(first), rounds(last)):
         start = (split + block * splits) * KEYS
         following = start + splits * KEYS
@@ -274,7 +243,7 @@ def _attend(
             next_v_factor, next_v_origin = _load_scales(v_scale, v_zero, following, keys, stride_v_scale, KEYS)
         if mask is not None:
             loaded = next_mask
-            next_mask = _load_mask(mask_at, stride_mask, key, (key < keys)[:, None] & is_mask_row)
+            next_mask = load_mask(mask_at, stride_mask, key, (key < keys)[:, None] & is_mask_row)
         if K_BITS < 16:
             k_rows = _load_codes(
                 k_at, k_scale, k_zero, start, keys, stride_k, stride_k_scale,
@@ -289,14 +258,14 @@ def _attend(
         else:
             scores *= scale
         if mask is not None:
-            scores += _added(loaded, IS_BOOLEAN)
+            scores += added(loaded, IS_BOOLEAN)
         else:
             scores = tl.where((start + tl.arange(0, KEYS) < keys)[:, None], scores, float("-inf"))
         larger = tl.maximum(maximum, tl.max(scores, axis=0))
         # Differences are scaled by log2(e), not scores: with the lowest float32 added, as some masks have it, these
         # would become -inf.
-        weights = _exp(scores, larger[None, :])
-        shrinkage = _exp(maximum, larger)[None, :]
+        weights = exp(scores, larger[None, :])
+        shrinkage = exp(maximum, larger)[None, :]
         totals_of_keys = totals_of_keys * shrinkage + weights
         if V_BITS < 16:
             v_rows = _load_codes(
@@ -325,81 +294,13 @@ def _attend(
     is_result = is_column[:, None] & is_row[None, :]
     at = pair.to(tl.int64) * (group * queries) + row
     if partial is None:
-        result = round_to(_quotient(mixed, total[None, :]), y.dtype.element_ty)
+        result = round_to(quotient(mixed, total[None, :]), y.dtype.element_ty)
         tl.store(y + at[None, :] * V_SIZE + column[:, None], result, mask=is_result)
     else:
         at = at * splits + split
         tl.store(partial + at[None, :] * V_SIZE + column[:, None], mixed, mask=is_result)
         tl.store(maxima + at, maximum, mask=is_row)
         tl.store(totals + at, total, mask=is_row)
-
-
-@triton.jit
-def _combine(
-    partial,
-    maxima,
-    totals,
-    y,
-    splits,
-    SIZE: tl.constexpr,
-    SPLITS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    EARLY: tl.constexpr,
-):
-    """Combine the parts of one query of one head, the same way in every run."""
-    row, split = tl.program_id(0).to(tl.int64), tl.arange(0, SPLITS)
-    column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
-    is_split, is_column = split < splits, column < SIZE
-    at = row * splits + split
-    wait_for_inputs(EARLY)
-    let_dependents_start(EARLY)
-    maximum = tl.load(maxima + at, mask=is_split, other=float("-inf"))
-    total = tl.load(totals + at, mask=is_split, other=0)
-    mask = is_split[:, None] & is_column[None, :]
-    mixed = tl.load(partial + at[:, None] * SIZE + column[None, :], mask=mask, other=0)
-    weights = _exp(maximum, tl.max(maximum, axis=0))
-    result = _quotient(tl.sum(mixed * weights[:, None], axis=0), tl.sum(total * weights, axis=0))
-    tl.store(y + row * SIZE + column, round_to(result, y.dtype.element_ty), mask=is_column)
-
-
-@dataclass(frozen=True)
-class Rows:
-    """Keys, or values, of a cache.
-
-    Attributes:
-        numbers: [batch, kv heads, keys, size], or packed codes [batch, kv heads, keys, bytes].
-        size: elements of a key.
-        bits: of a code; 16 where numbers are not packed.
-        scale, zero: of codes, [batch, kv heads, keys, size / group].
-    """
-
-    numbers: Tensor
-    size: int
-    bits: int = 16
-    scale: Tensor | None = None
-    zero: Tensor | None = None
-
-    @property
-    def block(self) -> int:
-        """Columns of a program's block, of packed codes two words at least."""
-        return power_of_two_from(self.size, SMALLEST_BLOCK if self.bits == 16 else max(SMALLEST_BLOCK, 64 // self.bits))
-
-    @property
-    def group(self) -> int:
-        """Elements that share a scale."""
-        return self.size if self.scale is None else self.size // self.scale.shape[-1]
-
-    def in_place(self) -> Rows:
-        """Return the same rows, copied if a kernel could not read them: whole words, with the same strides of scale and
-        zero.
-        """
-        numbers, scale, zero = self.numbers, self.scale, self.zero
-        is_aligned = self.bits == 16 or not any(n % 4 for n in (*numbers.stride()[:-1], numbers.storage_offset()))
-        if numbers.stride(-1) != 1 or not is_aligned:
-            numbers = numbers.contiguous()
-        if scale is not None and zero is not None and (scale.stride(-1) != 1 or scale.stride() != zero.stride()):
-            scale, zero = scale.contiguous(), zero.contiguous()
-        return Rows(numbers, self.size, self.bits, scale, zero)
 
 
 def attend(
@@ -422,46 +323,24 @@ def attend_rows(
     device, group, pairs = describe(q.device), heads // kv_heads, batch * kv_heads
     rows = power_of_two_from(group * queries)
     if launch is None:
-        kernel, bits = ("attend", 8 * q.itemsize) if k.bits == 16 else ("attend_packed", max(k.bits, v.bits))
+        kernel, bits = ("attend", 8 * q.itemsize) if k.bits == 16 else ("attend_codes", max(k.bits, v.bits))
         launch = tiles.nearest(kernel, q.device, queries=rows, row_bytes=max(blocks.values()) * bits // 8)
     launch = dict(launch)
     keys_at_once = launch.pop("KEYS")
     programs = launch.pop("PROGRAMS") * device.multiprocessors
-    blocks_of_keys = triton.cdiv(keys, keys_at_once)
-    splits = _splits(blocks_of_keys, programs // pairs)
-    mask_rows, mask_strides = rows, [0] * 4
-    if mask is not None:
-        mask = mask.expand(batch, heads, queries, keys)
-        mask_strides = list(mask.stride())
-        if all(n == 1 or stride == 0 for n, stride in zip(mask.shape[1:3], mask_strides[1:3], strict=True)):
-            mask_rows = 1
-    each = triton.cdiv(blocks_of_keys, splits)
-    most_scanned = max(1, SCANNED // (mask_rows * keys_at_once))
-    scanned = min(most_scanned, power_of_two_from(each, smallest=1))
-    partial = maxima = totals = None
-    if splits > 1:
-        maxima, totals = q.new_empty((2, pairs * group * queries, splits), dtype=torch.float32)
-        partial = maxima.new_empty((*maxima.shape, v.size))
+    split = split_keys(triton.cdiv(keys, keys_at_once), programs // pairs)
+    mask, mask_rows, mask_strides = expand_mask(mask, q, keys, rows)
+    parts = Parts.of(y, pairs * group * queries, split.programs)
     early = {"EARLY": device.starts_early, "launch_pdl": device.starts_early}
     strides = [
         [0, 0, 0] if tensor is None else tensor.stride()[:3] for tensor in (k.numbers, k.scale, v.numbers, v.scale)
     ]
-    _attend[(pairs, splits)](
-        q, k.numbers, k.scale, k.zero, v.numbers, v.scale, v.zero, mask, y, partial, maxima, totals,
+    _attend[(pairs, split.programs)](
+        q, k.numbers, k.scale, k.zero, v.numbers, v.scale, v.zero, mask, y, parts.mixed, parts.maxima, parts.totals,
         scale, kv_heads, group, queries, keys, *q.stride()[:3], *chain.from_iterable(strides), *mask_strides,
         K_SIZE=k.size, V_SIZE=v.size, **blocks, K_BITS=k.bits, V_BITS=v.bits, K_GROUP=k.group, V_GROUP=v.group,
-        ROWS=rows, MASK_ROWS=mask_rows, KEYS=keys_at_once,
-        ONE_BLOCK=each == 1, SCANNED_BLOCKS=scanned, **early, **launch,
+        ROWS=rows, MASK_ROWS=mask_rows, KEYS=keys_at_once, ONE_BLOCK=split.each == 1,
+        SCANNED_BLOCKS=split.scanned_blocks(mask_rows * keys_at_once), **early, **launch,
     )  # fmt: skip
-    if splits > 1:
-        combined = power_of_two_from(splits, smallest=1)
-        columns = min(power_of_two_from(v.size), COMBINED // combined)
-        grid = (pairs * group * queries, triton.cdiv(v.size, columns))
-        _combine[grid](partial, maxima, totals, y, splits, SIZE=v.size, SPLITS=combined, COLUMNS=columns, **early)
+    parts.combine_into(y)
     return y
-
-
-def _splits(blocks: int, programs: int) -> int:
-    """Return how many programs share blocks of keys, so many at most: the fewest for which none has more to do."""
-    each = triton.cdiv(blocks, max(1, min(programs, MOST_SPLITS)))
-    return triton.cdiv(blocks, max(1, each)) or 1

@@ -10,14 +10,9 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from quarot_fx.lowering.triton.language import (
-    GATE_ROWS,
-    activate,
-    dot4,
-    let_dependents_start,
-    prefetch,
-    wait_for_inputs,
-)
+from quarot_fx.lowering.triton.activations import GATE_ROWS, activate
+from quarot_fx.lowering.triton.language import let_dependents_start, prefetch, wait_for_inputs
+from quarot_fx.lowering.triton.packed_codes import dot4
 
 WORDS_PER_LINE = tl.constexpr(32)  # of the cache
 BLOCK_WORDS = tl.constexpr(32)  # of the weight's layout: 128 bytes

@@ -11,17 +11,9 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from quarot_fx.lowering.triton.language import (
-    GATE_ROWS,
-    activate,
-    high_codes_times_16,
-    high_nibbles,
-    let_dependents_start,
-    low_codes_times_16,
-    low_nibbles,
-    prefetch,
-    wait_for_inputs,
-)
+from quarot_fx.lowering.triton.activations import GATE_ROWS, activate
+from quarot_fx.lowering.triton.language import let_dependents_start, prefetch, wait_for_inputs
+from quarot_fx.lowering.triton.packed_codes import high_codes_times_16, high_nibbles, low_codes_times_16, low_nibbles
 
 PREFETCH_LINES = tl.constexpr(8)  # of each row of a tile, 128 bytes each
 BLOCK_BYTES = tl.constexpr(128)  # of the weight's layout: see quarot_fx.ops.pack_weight

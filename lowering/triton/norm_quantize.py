@@ -8,7 +8,8 @@ import triton.language as tl
 from torch import Tensor
 
 from quarot_fx.lowering.triton.device import describe
-from quarot_fx.lowering.triton.language import let_dependents_start, round_to, store_quantized, wait_for_inputs
+from quarot_fx.lowering.triton.language import as_float32, let_dependents_start, round_to, wait_for_inputs
+from quarot_fx.lowering.triton.quantization import store_quantized
 from quarot_fx.lowering.triton.quantize_activation import warps_for
 from quarot_fx.lowering.triton.rows import rows_of
 from quarot_fx.ops.quantize_activation import fake_operand
@@ -50,16 +51,15 @@ def _norm_quantize(
         addends = tl.load(addend + row.to(tl.int64) * stride_addend + column, mask=mask, other=0)
         values = round_to(values.to(tl.float32) + addends.to(tl.float32), values.dtype)
         tl.store(stream + at, values, mask=mask)
-    values = values.to(tl.float32)
+    values = as_float32(values)
     if direction is not None:
         axis = tl.load(direction + column, mask=mask, other=0).to(tl.float32)
         values -= tl.sum(values * axis) * axis
-    mean_square = tl.sum(values * values) / size
-    values *= tl.math.rsqrt(mean_square + eps)
+    unit = tl.math.rsqrt(tl.sum(values * values) / size + eps)
     if gain is not None:
         values *= tl.load(gain + column, mask=mask, other=0).to(tl.float32)
     store_quantized(
-        values, codes + at, mask, scale, zero, sums, row * groups + which, which < groups, group, clip, BITS
+        values, unit, codes + at, mask, scale, zero, sums, row * groups + which, which < groups, group, clip, BITS
     )
 
 

@@ -11,7 +11,8 @@ from typing import Any
 
 from torch import Tensor
 
-from quarot_fx.lowering.triton.rotation_matrices import head_matrix, matrices, possible_splits, split
+from quarot_fx.lowering.triton.rotation_matrices import head_matrix, head_slabs, matrices, possible_splits, split
+from quarot_fx.ops.append_pair import arguments_of_each
 from quarot_fx.rotation import Rotation
 
 
@@ -21,12 +22,15 @@ def _rotate(x: Tensor, rotation: str, dim: int = -1, inner: int = 1, inverse: bo
 
 
 def _rotate_quantize(x: Tensor, gate: Tensor | None, activation: str, rotation: str, inner: int, *scheme: Any) -> None:
-    if cut := split(Rotation.parse(rotation), x.shape[-1], inner):
+    if cut := split(Rotation.parse(rotation), x.shape[-1], inner, x.dtype):
         matrices(cut, x.device, x.dtype)
 
 
 def _rope_rotate(x: Tensor, cos: Tensor, sin: Tensor, rotation: str) -> None:
-    head_matrix(rotation, x.shape[-1], x.device, x.dtype)
+    if cut := head_slabs(rotation, x.shape[-1], x.dtype):
+        matrices(cut, x.device, x.dtype)
+    else:
+        head_matrix(rotation, x.shape[-1], x.device, x.dtype)
 
 
 def _append(*args: Any) -> None:
@@ -35,9 +39,15 @@ def _append(*args: Any) -> None:
         head_matrix(rotation, x.shape[-1], x.device, x.dtype)
 
 
+def _append_pair(*args: Any) -> None:
+    for each in arguments_of_each(*args):
+        _append(*each)
+
+
 PREPARATIONS: dict[str, Callable[..., None]] = {
     "append": _append,
     "append_dequantize": _append,
+    "append_pair": _append_pair,
     "rope_rotate": _rope_rotate,
     "rotate": _rotate,
     "rotate_quantize": _rotate_quantize,

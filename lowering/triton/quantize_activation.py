@@ -8,7 +8,8 @@ import triton.language as tl
 from torch import Tensor
 
 from quarot_fx.lowering.triton.device import Device, describe
-from quarot_fx.lowering.triton.language import let_dependents_start, store_quantized, wait_for_inputs
+from quarot_fx.lowering.triton.language import as_float32, let_dependents_start, wait_for_inputs
+from quarot_fx.lowering.triton.quantization import store_quantized
 from quarot_fx.lowering.triton.rows import rows_of
 from quarot_fx.ops.quantize_activation import fake_operand
 
@@ -39,10 +40,10 @@ def _quantize_activation(
     column = which[:, None, None] * group + place
     wait_for_inputs(EARLY)
     let_dependents_start(EARLY)
-    values = tl.load(x + row.to(tl.int64) * stride + column, mask=mask, other=0).to(tl.float32)
+    values = as_float32(tl.load(x + row.to(tl.int64) * stride + column, mask=mask, other=0))
     at = row.to(tl.int64) * (groups * group) + column
     store_quantized(
-        values, codes + at, mask, scale, zero, sums, row * groups + which, which < groups, group, clip, BITS
+        values, 1.0, codes + at, mask, scale, zero, sums, row * groups + which, which < groups, group, clip, BITS
     )
 
 

@@ -1,6 +1,8 @@
-"""Rotary embedding and a Hadamard transform of each head: a product with one small matrix on tensor cores.
+"""Rotary embedding and a Hadamard transform of each head.
 
-The halves of a head, which the embedding mixes, are loaded once, and each is multiplied with its rows of the matrix.
+Heads of bfloat16 whose sizes are powers of two are rotated in slabs of several tokens (``rotate_slabs``): a half of one
+is loaded twice, the second time from a close cache, and angles once for several heads. All others are multiplied with
+one small matrix: their halves are loaded once, and each is multiplied with its rows of the matrix.
 """
 
 from __future__ import annotations
@@ -10,11 +12,21 @@ import triton.language as tl
 from torch import Tensor
 
 from quarot_fx.lowering.triton.device import describe
-from quarot_fx.lowering.triton.language import dot, keep, let_dependents_start, round_to, wait_for_inputs
-from quarot_fx.lowering.triton.rotate import PRECISIONS
-from quarot_fx.lowering.triton.rotation_matrices import head_matrix, power_of_two_from
+from quarot_fx.lowering.triton.language import as_float32, dot, keep, let_dependents_start, round_to, wait_for_inputs
+from quarot_fx.lowering.triton.rotate import PRECISIONS, load_matrix
+from quarot_fx.lowering.triton.rotate_slabs import SIDE, slab_places, slabs_rotated
+from quarot_fx.lowering.triton.rotation_matrices import (
+    HEAD_SLABS,
+    Split,
+    head_matrix,
+    head_slabs,
+    matrices,
+    power_of_two_from,
+)
 
 MOST_TOKENS = 128  # of a program's tile
+MOST_HEADS = 4  # that a program takes one after the other
+PROGRAMS = 4  # on a multiprocessor, before a program takes several heads
 
 
 @triton.jit
@@ -88,19 +100,90 @@ def _rope_rotate(
     tl.store(y + at, round_to(rotated, y.dtype.element_ty), mask=mask)
 
 
+@triton.jit
+def _rope_rotate_slabs(
+    x,
+    cos,
+    sin,
+    first,
+    second,
+    y,
+    heads,
+    tokens,
+    norm,
+    stride_batch,
+    stride_head,
+    stride_token,
+    stride_angles,
+    SIZE: tl.constexpr,
+    ELEMENTS: tl.constexpr,
+    HEADS: tl.constexpr,
+    PRECISION: tl.constexpr,
+    EARLY: tl.constexpr,
+):
+    """Embed and rotate ELEMENTS of each of HEADS heads."""
+    HALF: tl.constexpr = SIZE // 2
+    dtype: tl.constexpr = x.dtype.element_ty
+    groups = tl.cdiv(heads, HEADS)
+    batch, first_head = tl.program_id(1) // groups, tl.program_id(1) % groups * HEADS
+    first_matrix, second_matrix = load_matrix(first, SIDE), load_matrix(second, SIDE)
+    _, place = slab_places(ELEMENTS, ELEMENTS)
+    token, column = tl.program_id(0) * (ELEMENTS // SIZE) + place // SIZE, place % SIZE
+    other = tl.where(column < HALF, column + HALF, column - HALF)
+    is_token = token < tokens
+    angle_at = batch.to(tl.int64) * stride_angles + token * SIZE + column
+    wait_for_inputs(EARLY)
+    let_dependents_start(EARLY)
+    cosines = as_float32(tl.load(cos + angle_at, mask=is_token, other=0))
+    sines = as_float32(tl.load(sin + angle_at, mask=is_token, other=0))
+    sines = tl.where(column < HALF, -sines, sines)
+    for index in tl.static_range(HEADS):
+        head = first_head + index
+        mask = is_token & (head < heads)
+        head_at = x + batch.to(tl.int64) * stride_batch + head.to(tl.int64) * stride_head
+        values = tl.load(head_at + token * stride_token + column, mask=mask, other=0)
+        others = tl.load(head_at + token * stride_token + other, mask=mask, other=0)
+        embedded = keep(round_to(as_float32(values) * cosines + as_float32(others) * sines, dtype))
+        rotated = slabs_rotated(embedded, first_matrix, second_matrix, dtype, PRECISION) * norm
+        row = (batch * heads + head).to(tl.int64) * tokens
+        tl.store(y + (row + token) * SIZE + column, round_to(rotated, dtype), mask=mask)
+
+
 def rope_rotate(x: Tensor, cos: Tensor, sin: Tensor, rotation: str) -> Tensor:
     """Return what the op declares."""
     y = x.new_empty(x.shape)
     if x.numel():
-        batch, heads, tokens, size = x.shape
+        tokens, size = x.shape[2:]
         x = x if x.stride(-1) == 1 else x.contiguous()
-        matrix, norm = head_matrix(rotation, size, x.device, x.dtype)
-        early, block = describe(x.device).starts_early, min(power_of_two_from(tokens), MOST_TOKENS)
         stride_angles = 0 if cos.shape[0] == 1 else tokens * size
-        _rope_rotate[(triton.cdiv(tokens, block), batch * heads)](
-            x, cos.contiguous(), sin.contiguous(), matrix, y, heads, tokens, norm, *x.stride()[:3], stride_angles,
-            SIZE=size, BLOCK=len(matrix), HALF_BLOCK=power_of_two_from(size // 2), TOKENS=block,
-            PRECISION=PRECISIONS[x.dtype], EARLY=early, launch_pdl=early,
-            num_warps=8 if block == MOST_TOKENS else 4,
-        )  # fmt: skip
+        strides = (*x.stride()[:3], stride_angles)
+        operands = x, cos.contiguous(), sin.contiguous()
+        if cut := head_slabs(rotation, size, x.dtype):
+            _launch_slabs(*operands, y, cut, strides)
+        else:
+            _launch_matrix(*operands, y, rotation, strides)
     return y
+
+
+def _launch_slabs(x: Tensor, cos: Tensor, sin: Tensor, y: Tensor, cut: Split, strides: tuple[int, ...]) -> None:
+    (batch, heads, tokens, size), device = x.shape, describe(x.device)
+    _, second, first = matrices(cut, x.device, x.dtype)
+    tiles = triton.cdiv(tokens, HEAD_SLABS // size)
+    each = MOST_HEADS if tiles * batch * heads >= MOST_HEADS * PROGRAMS * device.multiprocessors else 1
+    _rope_rotate_slabs[(tiles, batch * triton.cdiv(heads, each))](
+        x, cos, sin, first, second, y, heads, tokens, cut.norm, *strides,
+        SIZE=size, ELEMENTS=HEAD_SLABS, HEADS=each, PRECISION=PRECISIONS[x.dtype],
+        EARLY=device.starts_early, launch_pdl=device.starts_early, num_warps=4,
+    )  # fmt: skip
+
+
+def _launch_matrix(x: Tensor, cos: Tensor, sin: Tensor, y: Tensor, rotation: str, strides: tuple[int, ...]) -> None:
+    batch, heads, tokens, size = x.shape
+    matrix, norm = head_matrix(rotation, size, x.device, x.dtype)
+    early, block = describe(x.device).starts_early, min(power_of_two_from(tokens), MOST_TOKENS)
+    _rope_rotate[(triton.cdiv(tokens, block), batch * heads)](
+        x, cos, sin, matrix, y, heads, tokens, norm, *strides,
+        SIZE=size, BLOCK=len(matrix), HALF_BLOCK=power_of_two_from(size // 2), TOKENS=block,
+        PRECISION=PRECISIONS[x.dtype], EARLY=early, launch_pdl=early,
+        num_warps=8 if block == MOST_TOKENS else 4,
+    )  # fmt: skip

@@ -1,4 +1,4 @@
-"""A Hadamard transform along rows: up to three products with small matrices on tensor cores (``rotation_matrices``).
+"""A Hadamard transform along rows: products with small matrices on tensor cores (``rotation_matrices``).
 
 The first has exact operands. What goes from one to the next is rounded to bfloat16 where the activation is, to tf32
 where it is float16, whose range could be too small, and not at all where it is float32.
@@ -17,7 +17,8 @@ from torch import Tensor
 
 from quarot_fx.lowering.triton import tiles
 from quarot_fx.lowering.triton.device import describe
-from quarot_fx.lowering.triton.language import dot, let_dependents_start, round_to, wait_for_inputs
+from quarot_fx.lowering.triton.language import between_products, dot, let_dependents_start, round_to, wait_for_inputs
+from quarot_fx.lowering.triton.rotate_slabs import SIDE, slab_places, slabs_rotated
 from quarot_fx.lowering.triton.rotation_matrices import Split, matrices, split_of
 
 PRECISIONS = {torch.bfloat16: "tf32", torch.float16: "tf32", torch.float32: "ieee"}
@@ -42,19 +43,17 @@ def places(
     BLOCK_A: tl.constexpr,
     BLOCK_B: tl.constexpr,
     BLOCK_C: tl.constexpr,
+    IN_SLABS: tl.constexpr,
 ):
-    """Return where the elements of a row of A x B x C are, as [BLOCK_A * BLOCK_B, BLOCK_C], and which there are."""
-    ab, c = tl.arange(0, BLOCK_A * BLOCK_B), tl.arange(0, BLOCK_C)
-    a, b = ab // BLOCK_B, ab % BLOCK_B
-    in_row = ((a < A) & (b < B))[:, None] & (c < C)[None, :]
-    return in_row, ((a * B + b) * C)[:, None] + c[None, :]
-
-
-@triton.jit
-def between_products(values, dtype: tl.constexpr):
-    """Return what one product gave in the type that the next one takes, for activations of this dtype."""
-    values = values.to(tl.float32)
-    return round_to(values, tl.bfloat16) if dtype == tl.bfloat16 else values
+    """Return which elements there are of a row of A x B x C, as slabs or [BLOCK_A * BLOCK_B, BLOCK_C], and where."""
+    if IN_SLABS:
+        in_row, place = slab_places(A * C, BLOCK_A * BLOCK_C)
+    else:
+        ab, c = tl.arange(0, BLOCK_A * BLOCK_B), tl.arange(0, BLOCK_C)
+        a, b = ab // BLOCK_B, ab % BLOCK_B
+        in_row = ((a < A) & (b < B))[:, None] & (c < C)[None, :]
+        place = ((a * B + b) * C)[:, None] + c[None, :]
+    return in_row, place
 
 
 @triton.jit
@@ -68,14 +67,17 @@ def rotated(
     A: tl.constexpr,
     B: tl.constexpr,
     C: tl.constexpr,
+    IN_SLABS: tl.constexpr,
 ):
-    """Return a row, given as [A * B, C], times the matrices that there are: unscaled, in any shape."""
-    if right is not None:
+    """Return a row, given as slabs or as [A * B, C], times the matrices that there are: unscaled, in any shape."""
+    if IN_SLABS:
+        values = slabs_rotated(values, right, middle, dtype, PRECISION)
+    elif right is not None:
         values = dot(values, right, PRECISION)
     if left is not None:
         values = tl.reshape(between_products(values, dtype), (A, B * C))
         values = dot(left.to(values.dtype), values, PRECISION)
-    if middle is not None:
+    if middle is not None and not IN_SLABS:
         values = tl.reshape(between_products(values, dtype), (A, B, C))
         matrix = tl.broadcast_to(middle.to(values.dtype)[None, :, :], (A, B, B))
         values = dot(matrix, values, PRECISION)
@@ -97,26 +99,30 @@ def _rotate(
     BLOCK_A: tl.constexpr,
     BLOCK_B: tl.constexpr,
     BLOCK_C: tl.constexpr,
+    IN_SLABS: tl.constexpr,
     PRECISION: tl.constexpr,
     ROWS: tl.constexpr,
     EARLY: tl.constexpr,
 ):
     """Take ROWS rows of A x B x C elements, one after the other."""
-    in_row, place = places(A, B, C, BLOCK_A, BLOCK_B, BLOCK_C)
+    in_row, place = places(A, B, C, BLOCK_A, BLOCK_B, BLOCK_C, IN_SLABS)
+    is_result, result_place = places(A, B, C, BLOCK_A, BLOCK_B, BLOCK_C, IN_SLABS=False)
     dtype: tl.constexpr = x.dtype.element_ty
     left_matrix = load_matrix(left, BLOCK_A)
-    middle_matrix = load_matrix(middle, BLOCK_B)
-    right_matrix = load_matrix(right, BLOCK_C)
+    middle_matrix = load_matrix(middle, SIDE if IN_SLABS else BLOCK_B)
+    right_matrix = load_matrix(right, SIDE if IN_SLABS else BLOCK_C)
     wait_for_inputs(EARLY)
     let_dependents_start(EARLY)
     for index in range(ROWS):
         row = tl.program_id(0) * ROWS + index
-        mask = in_row & (tl.full((1, 1), row, tl.int32) < rows)
-        at = row.to(tl.int64) * (A * B * C) + place
-        values = tl.load(x + at, mask=mask, other=0)
-        values = rotated(values, left_matrix, middle_matrix, right_matrix, dtype, PRECISION, BLOCK_A, BLOCK_B, BLOCK_C)
-        values = tl.reshape(values.to(tl.float32) * norm, (BLOCK_A * BLOCK_B, BLOCK_C))
-        tl.store(y + at, round_to(values, dtype), mask=mask)
+        is_row = tl.full((1, 1), row, tl.int32) < rows
+        start = row.to(tl.int64) * (A * B * C)
+        values = tl.load(x + start + place, mask=in_row & is_row, other=0)
+        values = rotated(
+            values, left_matrix, middle_matrix, right_matrix, dtype, PRECISION, BLOCK_A, BLOCK_B, BLOCK_C, IN_SLABS
+        )
+        values = tl.reshape(values.to(tl.float32) * norm, result_place.shape)
+        tl.store(y + start + result_place, round_to(values, dtype), mask=is_result & is_row)
 
 
 def launch_parameters(cut: Split, x: Tensor, rows: int, launch: Mapping[str, Any] | None = None) -> dict[str, Any]:
@@ -127,7 +133,7 @@ def launch_parameters(cut: Split, x: Tensor, rows: int, launch: Mapping[str, Any
         launch["num_stages"] = 1
     sizes = zip("ABC", cut.sizes, cut.blocks, strict=True)
     shape = {name: value for axis, size, block in sizes for name, value in ((axis, size), (f"BLOCK_{axis}", block))}
-    early = device.starts_early
+    shape["IN_SLABS"], early = cut.in_slabs, device.starts_early
     return {**shape, "PRECISION": PRECISIONS[x.dtype], "EARLY": early, "launch_pdl": early, **launch}
 
 

@@ -13,9 +13,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from quarot_fx.lowering.triton.language import let_dependents_start, load_activated, store_quantized, wait_for_inputs
+from quarot_fx.lowering.triton.activations import load_activated
+from quarot_fx.lowering.triton.language import let_dependents_start, wait_for_inputs
+from quarot_fx.lowering.triton.quantization import store_quantized
 from quarot_fx.lowering.triton.rotate import launch_parameters, load_matrix, places, rotated
 from quarot_fx.lowering.triton.rotate_quantize_parts import launch_parts
+from quarot_fx.lowering.triton.rotate_slabs import SIDE
 from quarot_fx.lowering.triton.rotation_matrices import matrices, split
 from quarot_fx.lowering.triton.rows import rows_of
 from quarot_fx.ops.quantize_activation import fake_operand
@@ -44,6 +47,7 @@ def _rotate_quantize(
     BLOCK_A: tl.constexpr,
     BLOCK_B: tl.constexpr,
     BLOCK_C: tl.constexpr,
+    IN_SLABS: tl.constexpr,
     ACTIVATION: tl.constexpr,
     PRECISION: tl.constexpr,
     BITS: tl.constexpr,
@@ -51,24 +55,27 @@ def _rotate_quantize(
     EARLY: tl.constexpr,
 ):
     """Take ROWS rows of A x B x C elements, one after the other."""
-    in_row, place = places(A, B, C, BLOCK_A, BLOCK_B, BLOCK_C)
+    in_row, place = places(A, B, C, BLOCK_A, BLOCK_B, BLOCK_C, IN_SLABS)
+    is_result, result_place = places(A, B, C, BLOCK_A, BLOCK_B, BLOCK_C, IN_SLABS=False)
     dtype: tl.constexpr = x.dtype.element_ty
     left_matrix = load_matrix(left, BLOCK_A)
-    middle_matrix = load_matrix(middle, BLOCK_B)
-    right_matrix = load_matrix(right, BLOCK_C)
+    middle_matrix = load_matrix(middle, SIDE if IN_SLABS else BLOCK_B)
+    right_matrix = load_matrix(right, SIDE if IN_SLABS else BLOCK_C)
     wait_for_inputs(EARLY)
     let_dependents_start(EARLY)
     for index in range(ROWS):
         row = tl.program_id(0) * ROWS + index
         group = tl.full((1,), row, tl.int32)
         is_row = group < rows  # a block, not a scalar: the interpreter would make the mask integers
-        mask = in_row & is_row[:, None]
         gate_at = None if gate is None else gate + row.to(tl.int64) * stride_gate + place
-        values = load_activated(x + row.to(tl.int64) * stride_x + place, gate_at, mask, ACTIVATION)
-        values = rotated(values, left_matrix, middle_matrix, right_matrix, dtype, PRECISION, BLOCK_A, BLOCK_B, BLOCK_C)
-        values = tl.reshape(values.to(tl.float32) * norm, (1, BLOCK_A * BLOCK_B, BLOCK_C))
-        codes_at = (codes + row.to(tl.int64) * (A * B * C) + place)[None, :, :]
-        store_quantized(values, codes_at, mask[None, :, :], scale, zero, sums, group, is_row, A * B * C, clip, BITS)
+        values = load_activated(x + row.to(tl.int64) * stride_x + place, gate_at, in_row & is_row[:, None], ACTIVATION)
+        values = rotated(
+            values, left_matrix, middle_matrix, right_matrix, dtype, PRECISION, BLOCK_A, BLOCK_B, BLOCK_C, IN_SLABS
+        )
+        values = tl.reshape(values.to(tl.float32), (1, BLOCK_A * BLOCK_B, BLOCK_C))
+        codes_at = (codes + row.to(tl.int64) * (A * B * C) + result_place)[None, :, :]
+        mask = (is_result & is_row[:, None])[None, :, :]
+        store_quantized(values, norm, codes_at, mask, scale, zero, sums, group, is_row, A * B * C, clip, BITS)
 
 
 def rotate_quantize(
@@ -90,7 +97,7 @@ def rotate_quantize(
     if x.numel() == 0:
         return operand
     size = x.shape[-1]
-    cut = split(Rotation.parse(rotation), size, inner)
+    cut = split(Rotation.parse(rotation), size, inner, x.dtype)
     assert cut is not None, "the provider does not support this rotation"
     rows = x.numel() // size
     parameters = launch_parameters(cut, x, rows, launch)

@@ -1,4 +1,4 @@
-"""A Hadamard transform and quantisation of few long rows, each by several programs: one alone takes long for a row.
+"""A Hadamard transform and quantisation of few long rows that have no slabs, each by several programs, as one is slow.
 
 A row of A x B x C elements is rotated along A and C by a program for each index of B, and then along B, for which all
 of these must be done, by a second kernel. Its programs all find the row's range, which is the same for every one, and
@@ -14,16 +14,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from quarot_fx.lowering.triton.language import (
-    dot,
-    let_dependents_start,
-    load_activated,
-    quantization,
-    rows_of_groups,
-    store_codes,
-    wait_for_inputs,
-)
-from quarot_fx.lowering.triton.rotate import between_products, load_matrix, rotated
+from quarot_fx.lowering.triton.activations import load_activated
+from quarot_fx.lowering.triton.language import between_products, dot, let_dependents_start, wait_for_inputs
+from quarot_fx.lowering.triton.quantization import quantization, rows_of_groups, store_codes
+from quarot_fx.lowering.triton.rotate import load_matrix, rotated
 from quarot_fx.lowering.triton.rotation_matrices import power_of_two_from
 
 ELEMENTS_PER_WARP = 256  # of the first kernel, which is over before latencies could hide each other
@@ -60,7 +54,7 @@ def _rotate_first_and_last(
     let_dependents_start(EARLY)
     gate_at = None if gate is None else gate + row * stride_gate + place
     values = load_activated(x + row * stride_x + place, gate_at, mask, ACTIVATION)
-    values = rotated(values, left_matrix, None, right_matrix, dtype, PRECISION, BLOCK_A, 1, BLOCK_C)
+    values = rotated(values, left_matrix, None, right_matrix, dtype, PRECISION, BLOCK_A, 1, BLOCK_C, IN_SLABS=False)
     values = between_products(tl.reshape(values, (BLOCK_A, BLOCK_C)), dtype)
     tl.store(between + (row * B + index) * (A * C) + a * C + c, values, mask=mask)
     if index == 0:
@@ -101,14 +95,14 @@ def _rotate_middle_and_quantize(
     let_dependents_start(EARLY)
     own_values = tl.load(row_at + own_column, mask=own, other=0)
     values = tl.load(row_at + column, mask=(b < B) & (column < AC), other=0)
-    values = dot(matrix.to(values.dtype), values, PRECISION) * norm
+    values = dot(matrix.to(values.dtype), values, PRECISION)
     whole = rows_of_groups(tl.reshape(values, (1, BLOCK_B, BLOCK_AC)))
-    step, zeros, lowest, highest = quantization(whole, clip, SYMMETRIC, BITS)
-    own_values = dot(matrix.to(own_values.dtype), own_values, PRECISION) * norm
+    step, zeros, lowest, highest = quantization(whole, norm, clip, SYMMETRIC, BITS)
+    own_values = dot(matrix.to(own_values.dtype), own_values, PRECISION)
     codes_at = codes + row * (B * AC) + (own_column // C * B + b) * C + own_column % C
     size = B * tl.minimum(AC - part * PART, PART)
     own_values = tl.reshape(own_values, (1, BLOCK_B, PART))
-    total = store_codes(own_values, codes_at[None], own[None], step, zeros, lowest, highest, size, SYMMETRIC)
+    total = store_codes(own_values, norm, codes_at[None], own[None], step, zeros, lowest, highest, size, SYMMETRIC)
     tl.atomic_add(sums + group, total, sem="relaxed")
     if part == 0:
         tl.store(scale + group, step)

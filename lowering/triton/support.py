@@ -12,6 +12,7 @@ from torch import Tensor
 
 from quarot_fx.lowering.triton.device import FIRST_FLOAT8, FIRST_SUPPORTED, describe, runs_interpreted
 from quarot_fx.lowering.triton.rotation_matrices import Split, split, split_of
+from quarot_fx.ops.append_pair import arguments_of_each
 from quarot_fx.rotation import Rotation
 
 LARGEST_ROW = 65536  # elements that one program holds in registers
@@ -115,7 +116,7 @@ def _rotate_quantize(
         return reason
     if group is not None and group != x.shape[-1]:
         return "groups of a rotated row have no kernel"
-    return _reason_against_split(x, split(Rotation.parse(rotation), x.shape[-1], inner), rotation)
+    return _reason_against_split(x, split(Rotation.parse(rotation), x.shape[-1], inner, x.dtype), rotation)
 
 
 def _rope_rotate(x: Tensor, cos: Tensor, sin: Tensor, rotation: str) -> str | None:
@@ -147,6 +148,11 @@ def _append(
     if group is not None and group != size and group & (group - 1):
         return f"groups of {group}: the kernel takes whole heads and powers of two"
     return _reason_against_head(size) or _reason_against_bits(bits)
+
+
+def _append_pair(*args: Any) -> str | None:
+    keys, values = arguments_of_each(*args)
+    return _append(*keys) or _append(*values)
 
 
 def _reason_against_bits(bits: int) -> str | None:
@@ -215,6 +221,7 @@ def _reason_against_attention(q: Tensor, k: Tensor, v_size: int, mask: Tensor | 
 REASONS: dict[str, Callable[..., str | None]] = {
     "append": _append,
     "append_dequantize": _append,
+    "append_pair": _append_pair,
     "attend": _attend,
     "attend_packed": _attend_packed,
     "gated_int_linear": _gated_int_linear,

@@ -9,6 +9,8 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
+LEARNED = "learned-"  # what the names of learned rotations begin with
+
 
 @dataclass(frozen=True)
 class Transform:
@@ -25,6 +27,7 @@ class Transform:
         shape: of the tensor, symbolic sizes as text.
         where: for whom it is there, in the user's model.
         why: what makes it necessary.
+        basis: which of the plan's bases it leads into, or out of.
     """
 
     node: str
@@ -37,6 +40,26 @@ class Transform:
     shape: tuple[int | str, ...]
     where: str
     why: str
+    basis: int = 0
+
+
+@dataclass(frozen=True)
+class Basis:
+    """Axes that are all rotated by one matrix, such as those of the residual stream.
+
+    Attributes:
+        rotation: the orthogonal matrix, by name.
+        is_free: any matrix would do and cost nothing: weights absorb it, and the graph does not name it. Of keys and
+            values that is so also if a cache of the caller's makes some graph transform new ones online.
+        of_heads: these are keys or values.
+        absorbed_by: the axes of weights that absorb it, by what is the same in all graphs of a model: the parameter,
+            the place of the factor, and the expression of which it is the factor.
+    """
+
+    rotation: str
+    is_free: bool
+    of_heads: bool
+    absorbed_by: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -48,7 +71,7 @@ class Site:
         node: the product that reads it.
         name: the weight's parameter, or the place of the attention in the user's model.
         rotated: ``"free"``, ``"online"``, ``"partly"`` or ``"no"``.
-        why: why it takes an online transform, or why it is not rotated.
+        why: why it takes an online transform, or why it is not rotated; or that the rotation was learned.
     """
 
     kind: str
@@ -90,6 +113,7 @@ class RotationPlan:
         barriers: operators without a rule, with the number of times they occur.
         cost: online transforms together, in elements x log2(order).
         given: what became of the transforms that the graph had before.
+        bases: what the transforms lead into.
     """
 
     transforms: tuple[Transform, ...] = ()
@@ -97,6 +121,7 @@ class RotationPlan:
     barriers: tuple[tuple[str, int], ...] = ()
     cost: float = 0.0
     given: tuple[Given, ...] = ()
+    bases: tuple[Basis, ...] = ()
 
     @property
     def online(self) -> tuple[Transform, ...]:
@@ -123,6 +148,7 @@ class RotationPlan:
             barriers=tuple((target, count) for target, count in data["barriers"]),
             cost=data["cost"],
             given=tuple(Given(**{**given, "by": tuple(given["by"])}) for given in data["given"]),
+            bases=tuple(Basis(**{**basis, "absorbed_by": tuple(basis["absorbed_by"])}) for basis in data["bases"]),
         )
 
     def __rich__(self) -> Any:
@@ -137,6 +163,8 @@ class RotationPlan:
             table.add_row(*head, str(count), why)
         absorbed = len(self.transforms) - len(self.online)
         lines = [f"{absorbed} transforms are absorbed by weights"]
+        learned = Counter(form for basis in self.bases if (form := _learned(basis.rotation)))
+        lines += [f"rotations {form} were learned ({count} of them)" for form, count in learned.items()]
         lines += [f"{line} ({count} times)" for line, count in Counter(map(_line, self.given)).items()]
         lines += [f"barrier: {target} has no rule ({count} times)" for target, count in self.barriers]
         return Group(table, *lines)
@@ -155,6 +183,11 @@ def _line(given: Given) -> str:
 
 def _named(transform: Transform | Given) -> str:
     return transform.rotation + (" transposed" if transform.inverse else "")
+
+
+def _learned(rotation: str) -> str:
+    """Return the form of a learned rotation's name, and nothing for another's."""
+    return re.sub(r"[0-9a-f]+$", "*", rotation) if rotation.startswith(LEARNED) else ""
 
 
 def _of_layers(text: str) -> str:

@@ -11,15 +11,25 @@ from typing import Any
 
 import torch
 
-from quarot_fx.bench.attention import BITS, CACHES, HEAD, HEADS, attend_cache, random_caches
+from quarot_fx.bench.attention import (
+    BITS,
+    CACHES,
+    HEAD,
+    HEADS,
+    KEY_VALUE_HEADS,
+    attend_cache,
+    random_caches,
+)
 from quarot_fx.bench.matmul import Quantized
 from quarot_fx.bench.timing import microseconds
+from quarot_fx.lowering.triton.attend_packed import MMA_COLUMNS
 from quarot_fx.lowering.triton.int_linear import MOST_GEMV_TOKENS
 from quarot_fx.lowering.triton.rotation_matrices import SMALLEST_BLOCK
 
 TOKENS = (1, 2, 16, 32, 64, 128, 256, 512, 2048)
 COMPILERS = 12  # processes
 PROGRAMS = (1, 2, 3, 4)  # of attention, on a multiprocessor
+WARPS_AND_REGISTERS = ((16, 128), (12, 168), (8, 240))  # of a multiprocessor, and of a thread, that fit
 SHOWN = 5  # candidates
 Candidate = dict[str, Any]
 Table = dict[str, list[dict[str, Any]]]
@@ -108,7 +118,8 @@ def _time(layer: Quantized, x: torch.Tensor, launch: Candidate) -> float:
 
 
 def tune_attention(caches: Sequence[tuple[int, int]] = CACHES, bits: Sequence[int] = BITS) -> Table:
-    """Return a table with the candidate for each number of bits that is closest to the best of all caches, in the mean.
+    """Return a table with the candidate for each number of bits that is closest to the best of all caches, in the mean;
+    of codes, for each number of keys.
 
     The next ones are printed: a table may want others for reasons that times do not show.
     """
@@ -116,22 +127,38 @@ def tune_attention(caches: Sequence[tuple[int, int]] = CACHES, bits: Sequence[in
     for count in bits:
         launches = [launch for launch in _attention_candidates(count) if _attends(count, launch)]
         columns = [_attention_times(batch, keys, count, launches) for batch, keys in caches]
-        ratios = [[time / min(column) for time in column] for column in columns]
-        means = [sum(row) / len(row) for row in zip(*ratios, strict=True)]
-        for index in sorted(range(len(launches)), key=means.__getitem__)[:SHOWN]:
-            shown = ", ".join(f"{column[index]:.1f}" for column in columns)
-            print(f"{count} bits: {launches[index]} takes {shown} us, {means[index]:.3f} of the best")
-        launch = launches[min(range(len(launches)), key=means.__getitem__)]
-        entry = {"queries": SMALLEST_BLOCK, "row_bytes": HEAD * count // 8, "launch": launch}
-        table["attend" if count == 16 else "attend_packed"].append(entry)
+        of_row = {"row_bytes": HEAD * count // 8}
+        if count == 16:
+            launch = _closest_to_best(launches, columns, "16 bits")
+            table["attend"].append({"queries": SMALLEST_BLOCK, **of_row, "launch": launch})
+            continue
+        totals = [batch * KEY_VALUE_HEADS * keys for batch, keys in caches]
+        for total in sorted(set(totals)):
+            alike = [column for column, other in zip(columns, totals, strict=True) if other == total]
+            launch = _closest_to_best(launches, alike, f"{count} bits, {total} keys")
+            table["attend_packed"].append({"queries": MMA_COLUMNS, **of_row, "keys": total, "launch": launch})
     return table
+
+
+def _closest_to_best(launches: Sequence[Candidate], columns: Sequence[Sequence[float]], name: str) -> Candidate:
+    """Return the candidate whose times are closest to the best of each column, in the mean, and print the next ones."""
+    ratios = [[time / min(column) for time in column] for column in columns]
+    means = [sum(row) / len(row) for row in zip(*ratios, strict=True)]
+    best_first = sorted(range(len(launches)), key=means.__getitem__)
+    for index in best_first[:SHOWN]:
+        shown = ", ".join(f"{column[index]:.1f}" for column in columns)
+        print(f"{name}: {launches[index]} takes {shown} us, {means[index]:.3f} of the best")
+    return launches[best_first[0]]
 
 
 def _attention_candidates(bits: int) -> Iterator[Candidate]:
     """Yield launch parameters; a number of programs compiles nothing anew."""
-    tiles = [(64, 4, 2), (64, 4, 3), (128, 8, 2)] if bits == 16 else [(64, 4, 3), (64, 4, 4), (128, 8, 3)]
-    for (keys, warps, stages), programs in itertools.product(tiles, PROGRAMS):
-        yield {"KEYS": keys, "PROGRAMS": programs, "num_warps": warps, "num_stages": stages}
+    if bits == 16:
+        for (keys, warps, stages), programs in itertools.product([(64, 4, 2), (64, 4, 3), (128, 8, 2)], PROGRAMS):
+            yield {"KEYS": keys, "PROGRAMS": programs, "num_warps": warps, "num_stages": stages}
+        return
+    for keys, (warps_of_all, registers), warps in itertools.product((16, 32, 64), WARPS_AND_REGISTERS, (2, 4)):
+        yield {"KEYS": keys, "PROGRAMS": warps_of_all // warps, "num_warps": warps, "maxnreg": registers}
 
 
 def _attends(bits: int, launch: Candidate) -> bool:

@@ -21,7 +21,8 @@ class CacheOptions:
         k_bits, v_bits: bits of keys and values: 2 to 8, or 16 to keep them in the model's dtype.
         kv_bits: sets both.
         group: channels that share a scale, a divisor of head_dim; ``None`` is head_dim.
-        clip: ratio in (0, 1] of the range that codes cover.
+        k_clip, v_clip: ratio in (0, 1] of the range that codes cover.
+        clip: sets both.
         rotation: ``"hadamard"``, or ``"none"``.
 
     Raises:
@@ -33,7 +34,9 @@ class CacheOptions:
     v_bits: int = 4
     kv_bits: int | None = None
     group: int | None = None
-    clip: float = 0.95
+    k_clip: float = 0.95
+    v_clip: float = 0.95
+    clip: float | None = None
     rotation: str = "hadamard"
 
     def __post_init__(self) -> None:
@@ -41,7 +44,12 @@ class CacheOptions:
             if getattr(self, name) is not None or name != "kv_bits":
                 check_bits(name, getattr(self, name))
         check_group("group", self.group)
-        check_clip("clip", self.clip)
+        for name in ("k_clip", "v_clip", "clip"):
+            clip = getattr(self, name)
+            if isinstance(clip, str):
+                raise OptionError(name=name, value=clip, reason="must be a ratio in (0, 1]: calibration finds one")
+            if clip is not None or name != "clip":
+                check_clip(name, clip)
         if self.rotation not in ROTATIONS:
             raise UnknownOptionError("rotation", str(self.rotation), ROTATIONS)
 
@@ -69,13 +77,23 @@ class CacheOptions:
         if config.kv_sym and min(config.k_bits, config.v_bits) < UNQUANTIZED_BITS:
             raise OptionError(name="kv_sym", value=True, reason="codes of a cache have a zero point")
         rotation = "none" if config.rotation == "none" else "hadamard"
-        return cls(config.k_bits, config.v_bits, group=config.kv_group, clip=config.kv_clip, rotation=rotation)
+        return cls(
+            config.k_bits,
+            config.v_bits,
+            group=config.kv_group,
+            k_clip=config.k_clip,  # type: ignore[arg-type]  # a ratio, or refused
+            v_clip=config.v_clip,  # type: ignore[arg-type]
+            rotation=rotation,
+        )
 
     def formats(self) -> tuple[Format, Format]:
         """Return the formats of keys and of values."""
-        return self._format(self.kv_bits or self.k_bits), self._format(self.kv_bits or self.v_bits)
+        return (
+            self._format(self.kv_bits or self.k_bits, self.clip or self.k_clip),
+            self._format(self.kv_bits or self.v_bits, self.clip or self.v_clip),
+        )
 
-    def _format(self, bits: int) -> Format:
+    def _format(self, bits: int, clip: float) -> Format:
         if bits == UNQUANTIZED_BITS:
             return PlainFormat()
-        return QuantizedFormat(bits, self.group, self.clip, self.rotation)
+        return QuantizedFormat(bits, self.group, clip, self.rotation)

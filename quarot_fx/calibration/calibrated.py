@@ -15,6 +15,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from quarot_fx.errors import NotCalibratedError
 from quarot_fx.graph import parameters_of
+from quarot_fx.ops.quantize_weight import options_by_calibration
 from quarot_fx.store import expression
 
 
@@ -47,18 +48,24 @@ def forget(quantization: fx.Node) -> None:
     _CALIBRATED.get(made.leaves[0], {}).pop(made.key, None)
 
 
+def calibrated_by(quantization: fx.Node) -> str:
+    """Return the options by which a ``quarot::quantize_weight`` node depends on calibration; nothing if it does not."""
+    _, _, _, _, _, *rounding = quantization.args
+    return options_by_calibration(*rounding, **quantization.kwargs)  # type: ignore[arg-type]
+
+
 def calibrated_codes(quantization: fx.Node) -> tuple[Tensor, Tensor, Tensor]:
     """Return the results of a ``quarot::quantize_weight`` node: codes, scale and zero point.
 
     Raises:
         NotCalibratedError: the weight was not calibrated as it is rotated and quantised here.
     """
-    weight, bits, *_, symmetric, rounding = quantization.args
+    weight, bits, _, _, symmetric, *_ = quantization.args
     made = expression(quantization)
     known: dict[Hashable, PackedCodes] = _CALIBRATED.get(made.leaves[0], {})
     found = known.get(made.key)
     if found is None:
-        raise NotCalibratedError(parameter=parameters_of(quantization)[0], rounding=rounding)
+        raise NotCalibratedError(parameter=parameters_of(quantization)[0], how=calibrated_by(quantization))
     val = weight.meta["val"]  # type: ignore[union-attr]
     codes = torch.ops.quarot.unpack(found.packed.to(val.device), bits, val.shape[-1], symmetric)
     return codes, found.scale.to(val.device), found.zero.to(val.device)

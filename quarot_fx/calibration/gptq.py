@@ -6,57 +6,20 @@ to change by ``-(e / U_ii) U_i,later``.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
 
 from quarot_fx.calibration.hessian import Hessian, damped, inverse_factor, upper_factor
 from quarot_fx.calibration.options import GPTQOptions
+from quarot_fx.calibration.rounded import Rounded, output_squares
 from quarot_fx.config import QuantScheme
 from quarot_fx.errors import HessianError
-from quarot_fx.ops.affine import asymmetric_scale, decode, encode, group_count, split_groups, symmetric_scale
+from quarot_fx.ops.affine import decode, encode, group_count, scale_and_zero, split_groups
 from quarot_fx.ops.clip_search import search_clip
 
-
-@dataclass(frozen=True)
-class Rounded:
-    """What GPTQ makes of a matrix.
-
-    Attributes:
-        codes: int8 [rows, n], or uint8 where there are zero points.
-        scale, zero: [rows, groups]; no zero points if the scheme is symmetric.
-        damping: that the Hessian was given.
-        outputs: [rows]: the square of each output, summed over calibration data (and by 2/n).
-        changes: [rows]: likewise of its change by rounding.
-        nearest_changes: [rows]: likewise of its change by rounding to nearest at the same scales.
-    """
-
-    codes: Tensor
-    scale: Tensor
-    zero: Tensor | None
-    damping: float
-    outputs: Tensor
-    changes: Tensor
-    nearest_changes: Tensor
-
-    @property
-    def error(self) -> float:
-        """The norm of the change of the outputs by the norm of the outputs."""
-        return _relative(self.changes, self.outputs)
-
-    @property
-    def nearest_error(self) -> float:
-        """The same of rounding to nearest at the same scales."""
-        return _relative(self.nearest_changes, self.outputs)
-
-    def split(self, sizes: list[int]) -> Iterator[Rounded]:
-        """Cut the rows into parts."""
-        fields = (self.codes, self.scale, self.zero, self.outputs, self.changes, self.nearest_changes)
-        parts = [[None] * len(sizes) if field is None else field.split(sizes) for field in fields]
-        for codes, scale, zero, *sums in zip(*parts, strict=True):
-            yield Rounded(codes, scale, zero, self.damping, *sums)
+# What the ratios that change the weight itself least are multiplied by, and infinity for no clipping.
+CLIP_FACTORS = (1.0, 1.2, 1.1, 0.9, 0.8, 0.7, float("inf"))
+ELEMENTS_AT_ONCE = 2**28
 
 
 @torch.no_grad()
@@ -71,7 +34,9 @@ def gptq_round(
     Args:
         weight: [rows, n], float32 or float64: the dtype that all is computed in, but for factorisations, in float64.
         hessian: of the n inputs.
-        scheme: bits, group, symmetry and clip ratio.
+        scheme: bits, group, symmetry and clip ratio: ``"search"``, the one with the least error of the weight, or
+            ``"output"``: every row is rounded several times, from less clipping to more, and kept as it changes its
+            output least. How rounding to nearest at the same scales would change it says little of that.
         options: of GPTQ.
         name: of the weight, for messages.
 
@@ -89,10 +54,14 @@ def gptq_round(
     factor, damping = _factor(matrix, hessian.rows, options, name)
     if hessian.shifts is not None:
         weight = _towards_target(weight, hessian.shifts, factor, order)
-    codes, scale, zero = _round_columns(weight, inverse_factor(factor).to(weight.dtype), scheme, options, order)
+    inverse = inverse_factor(factor).to(weight.dtype)
+    if scheme.clip == "output":
+        codes, scale, zero = _round_at_best_clips(weight, inverse, scheme, options, order, hessian.matrix)
+    else:
+        codes, scale, zero = _round_columns(weight, inverse, scheme, options, order)
     nearest = encode(weight, scale, zero, scheme.bits)
     changes = (weight - decode(one, scale, zero, weight.dtype) for one in (codes, nearest))
-    sums = [_squares(one, hessian.matrix) for one in (weight, *changes)]
+    sums = [output_squares(one, hessian.matrix) for one in (weight, *changes)]
     return Rounded(codes, scale, zero, damping, *sums)
 
 
@@ -135,8 +104,35 @@ def _towards_target(weight: Tensor, shifts: Tensor, factor: Tensor, order: Tenso
     return weight + change.to(weight.dtype)
 
 
+def _round_at_best_clips(
+    weight: Tensor,
+    inverse: Tensor,
+    scheme: QuantScheme,
+    options: GPTQOptions,
+    order: Tensor | None,
+    hessian: Tensor,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Return the codes, scales and zero points of each row that change its output least, of all ``CLIP_FACTORS``."""
+    found = []
+    factors = weight.new_tensor(CLIP_FACTORS)
+    for part in weight.split(max(1, ELEMENTS_AT_ONCE // (len(factors) * weight.shape[1]))):
+        copies = part.repeat(len(factors), 1)  # rows are rounded independently of each other: all at once
+        of_copies = factors.repeat_interleave(len(part))[:, None]
+        codes, scale, zero = _round_columns(copies, inverse, scheme, options, order, of_copies)
+        changes = output_squares(copies - decode(codes, scale, zero, weight.dtype), hessian)
+        best = changes.view(len(factors), -1).argmin(0) * len(part) + torch.arange(len(part), device=weight.device)
+        found.append((codes[best], scale[best], zero if zero is None else zero[best]))
+    all_codes, scales, zeros = zip(*found, strict=True)
+    return torch.cat(all_codes), torch.cat(scales), None if scheme.symmetric else torch.cat(zeros)
+
+
 def _round_columns(
-    weight: Tensor, inverse: Tensor, scheme: QuantScheme, options: GPTQOptions, order: Tensor | None
+    weight: Tensor,
+    inverse: Tensor,
+    scheme: QuantScheme,
+    options: GPTQOptions,
+    order: Tensor | None,
+    clip_factor: float | Tensor = 1.0,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Return codes [rows, n], scale and zero point [rows, groups].
 
@@ -146,12 +142,13 @@ def _round_columns(
         scheme: of the codes.
         options: of GPTQ.
         order: place in the order -> column; ``None`` is from left to right.
+        clip_factor: of clip ratios that are searched for; one, or [rows, 1].
     """
     size, count = weight.shape[1], group_count(weight, scheme.group)
     places = torch.arange(size, device=weight.device) if order is None else order
     groups = (places // (size // count)).tolist()  # of each column, in the order of rounding
     columns = weight.T[places].contiguous()
-    scales = _Scales(weight, scheme, count)
+    scales = _Scales(weight, scheme, count, clip_factor)
     if count == 1 or options.group_scales == "static":
         scales.find(range(count), weight)
     codes = torch.empty_like(columns, dtype=torch.int8 if scheme.symmetric else torch.uint8)
@@ -179,34 +176,26 @@ def _round_columns(
 class _Scales:
     """Scales and zero points [rows, groups], some of them known."""
 
-    def __init__(self, weight: Tensor, scheme: QuantScheme, count: int) -> None:
+    def __init__(self, weight: Tensor, scheme: QuantScheme, count: int, clip_factor: float | Tensor) -> None:
         self.known: set[int] = set()
         self.scale = weight.new_empty(len(weight), count)
         self.zero = None if scheme.symmetric else weight.new_empty(len(weight), count, dtype=torch.uint8)
-        self._scheme = scheme
+        self._scheme, self._clip_factor = scheme, clip_factor
 
     def find(self, groups: list[int] | range, weight: Tensor) -> None:
         """Find those of some groups, from a matrix."""
         scheme, chosen = self._scheme, list(groups)
         part = split_groups(weight, self.scale.shape[1])[:, chosen].flatten(1)
         group = part.shape[1] // len(chosen)
-        clip = search_clip(part, scheme.bits, group, scheme.symmetric) if scheme.clip == "search" else scheme.clip
-        if self.zero is None:
-            self.scale[:, chosen] = symmetric_scale(part, scheme.bits, group, clip)  # type: ignore[arg-type]
-        else:
-            found = asymmetric_scale(part, scheme.bits, group, clip)  # type: ignore[arg-type]
-            self.scale[:, chosen], self.zero[:, chosen] = found
+        clip: float | Tensor | str = scheme.clip
+        if isinstance(clip, str):
+            clip = (search_clip(part, scheme.bits, group, scheme.symmetric) * self._clip_factor).clamp(max=1)
+        scale, zero = scale_and_zero(part, scheme.bits, group, clip, scheme.symmetric)
+        self.scale[:, chosen] = scale
+        if self.zero is not None and zero is not None:
+            self.zero[:, chosen] = zero
         self.known.update(chosen)
 
     def of(self, group: int) -> tuple[Tensor, Tensor | None]:
         """Return those of one group, [rows, 1]."""
         return self.scale[:, group : group + 1], None if self.zero is None else self.zero[:, group : group + 1]
-
-
-def _squares(weight: Tensor, hessian: Tensor) -> Tensor:
-    """Return the diagonal of ``W H W^T``: the squares of what each row of a matrix makes of the inputs, summed."""
-    return ((weight @ hessian.to(weight.dtype)) * weight).sum(-1)
-
-
-def _relative(change: Tensor, whole: Tensor) -> float:
-    return float((change.sum() / whole.sum().clamp_min(torch.finfo(whole.dtype).tiny)).clamp_min(0).sqrt())

@@ -38,7 +38,7 @@ class LayerInputs:
             tokens, inputs = programs.token_input(program), programs.inputs(program)
             return Stream(program.graph, tokens, sequences.split(1), inputs, wanted, offload)
 
-        self._stream = stream(programs.quantized, [node for group in groups for node in group[0].read])
+        self._stream = stream(programs.quantized, [node for group in groups for node in _read(group)])
         self._float: Stream | None = None
         self._float_x: dict[fx.Node, fx.Node] = {}  # input of a layer -> input of the same layer in the float model
         if options.target == "model":
@@ -47,6 +47,10 @@ class LayerInputs:
                 operands = argument_nodes(nodes[product.linear.node.name])
                 self._float_x[product.x] = operands[product.linear.spelling.x]
             self._float = stream(programs.rotated, list(self._float_x.values()))
+
+    def advance_to_source(self, group: Sequence[Product]) -> None:
+        """Run the model up to what is quantised to be the input of a group."""
+        self._stream.advance([*group[0].read[1:], group[0].source])
 
     def advance(self, group: Sequence[Product]) -> None:
         """Run the model up to the input of a group; the codes of all groups before it have to be there."""
@@ -59,6 +63,15 @@ class LayerInputs:
         each of the models routes its own.
         """
         return group[0].x in self._float_x and group[0].route is None
+
+    def sources(self, group: Sequence[Product], matrix: int) -> Iterator[Tensor]:
+        """Yield, for one sequence after another, the rows [m, n] that meet one matrix, as they are before they are
+        quantised.
+        """
+        product = group[0]
+        routes = repeat(None) if product.route is None else self._stream.values(product.route)
+        for x, route in zip(self._stream.values(product.source), routes, strict=False):
+            yield product.rows(x, route, matrix)
 
     def rows(self, group: Sequence[Product], matrix: int) -> Iterator[tuple[Tensor, Tensor | None]]:
         """Yield, for one sequence after another, the rows [m, n] that meet one matrix of a group's weights, and those
@@ -74,6 +87,11 @@ class LayerInputs:
 
     def release(self, group: Sequence[Product]) -> None:
         """Let go of what is no longer read, when a group is done."""
-        self._stream.forget(group[0].read)
+        self._stream.forget(_read(group))
         if self._float and self.has_target(group):
             self._float.forget([self._float_x[group[0].x]])
+
+
+def _read(group: Sequence[Product]) -> list[fx.Node]:
+    """Return the nodes whose values tell a group's rows, before and after they are quantised."""
+    return list(dict.fromkeys([group[0].source, *group[0].read]))

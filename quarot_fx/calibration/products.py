@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Hashable, Iterator
+from collections.abc import Hashable, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, fx
 
+from quarot_fx.calibration.calibrated import calibrated_by
 from quarot_fx.config import QuantScheme
+from quarot_fx.float64 import evaluate
 from quarot_fx.graph import argument_nodes
 from quarot_fx.linear_like import LinearLike, linear_likes
-from quarot_fx.passes.quantized import quantization_of
+from quarot_fx.passes.quantized import quantization_of, quantized_activation
 from quarot_fx.store import expression
 
 BY_NUMBER = {"quarot.expert_linear.default"}  # every row names its expert
@@ -22,31 +24,48 @@ ROUTE = 2  # where both keep that, among their argument nodes
 
 @dataclass(frozen=True)
 class Product:
-    """A linear layer whose weight is to be calibrated.
+    """A linear layer of which something is to be calibrated.
 
     Attributes:
         linear: the layer.
-        quantization: the ``quarot::quantize_weight`` node that makes its codes.
+        quantization: the ``quarot::quantize_weight`` node that makes the weight's codes, if calibration finds these.
+        activation: how its input is quantised, if calibration finds the clip ratio.
     """
 
     linear: LinearLike
-    quantization: fx.Node
+    quantization: fx.Node | None
+    activation: QuantScheme | None = None
 
     @property
     def scheme(self) -> QuantScheme:
         """How the weight is quantised."""
-        _, bits, group, clip, symmetric, _ = self.quantization.args
-        return QuantScheme(bits, group, symmetric, "search" if clip is None else clip)  # type: ignore[arg-type]
+        assert self.quantization is not None
+        _, bits, group, clip, symmetric, *_ = self.quantization.args
+        searched = "output" if self.quantization.kwargs.get("error") == "output" else "search"
+        return QuantScheme(bits, group, symmetric, searched if clip is None else clip)  # type: ignore[arg-type]
+
+    @property
+    def rounding(self) -> str:
+        """How the weight is rounded."""
+        assert self.quantization is not None
+        return str(self.quantization.args[5])
 
     @property
     def stack(self) -> torch.Size:
         """The axes of the weight before its last two: nothing, or experts."""
-        return self.weight.meta["val"].shape[:-2]
+        return self.linear.weight.meta["val"].shape[:-2]
 
     @property
     def weight(self) -> fx.Node:
-        """What is quantised, [rows, n] or with experts in front."""
-        return self.quantization.args[0]  # type: ignore[return-value]
+        """The weight as a constant: what is quantised, if it is; otherwise as the layer has it."""
+        return self.linear.weight if self.quantization is None else self.quantization.args[0]  # type: ignore[return-value]
+
+    def matrices(self) -> Tensor:
+        """Return the weight before it is quantised, [matrices, rows, n] in float32."""
+        weight = evaluate(self.weight).float()
+        if self.quantization is None and self.linear.spelling.contracted != -1:
+            weight = weight.mT
+        return weight.reshape(-1, *weight.shape[-2:])
 
     @property
     def x(self) -> fx.Node:
@@ -59,6 +78,12 @@ class Product:
         operands = argument_nodes(self.linear.node)
         is_routed = str(self.linear.node.target) in BY_NUMBER | BY_OFFSET
         return operands[ROUTE] if is_routed and len(operands) > ROUTE and self.x.meta["val"].ndim == 2 else None
+
+    @property
+    def source(self) -> fx.Node:
+        """What is quantised to be the input; the input itself if it is not quantised."""
+        activation = quantized_activation(self.x)
+        return self.x if activation is None else activation.source
 
     @property
     def read(self) -> list[fx.Node]:
@@ -78,17 +103,21 @@ class Product:
         return x.reshape(-1, x.shape[-1])
 
 
-def shared_inputs(graph: fx.Graph) -> list[list[Product]]:
-    """Return the linear layers whose weights are to be calibrated in groups that share an input, and so a Hessian.
+def shared_inputs(graph: fx.Graph, searched: Mapping[str, QuantScheme]) -> list[list[Product]]:
+    """Return the linear layers of which something is to be calibrated in groups that share an input, and so a Hessian.
 
     Groups come in the order in which a graph computes their inputs. A weight that several layers read as it is counts
     where it is read first.
+
+    Args:
+        graph: of the model, with weights as codes.
+        searched: name of a linear layer -> how its input is quantised, if the clip ratio is to be searched for.
     """
     order = {node: place for place, node in enumerate(graph.nodes)}
     groups: dict[Hashable, list[Product]] = defaultdict(list)
     seen: set[Hashable] = set()
-    for product in calibrated_products(graph):
-        key = expression(product.quantization).key
+    for product in calibrated_products(graph, searched):
+        key = expression(product.quantization or product.weight).key
         if key not in seen:
             seen.add(key)
             by_number = str(product.linear.node.target) in BY_NUMBER
@@ -96,9 +125,11 @@ def shared_inputs(graph: fx.Graph) -> list[list[Product]]:
     return sorted(groups.values(), key=lambda group: max(order[node] for node in group[0].read))
 
 
-def calibrated_products(graph: fx.Graph) -> Iterator[Product]:
-    """Yield the linear layers of a graph whose weights are rounded by calibration, in order."""
+def calibrated_products(graph: fx.Graph, searched: Mapping[str, QuantScheme]) -> Iterator[Product]:
+    """Yield the linear layers of a graph of which calibration finds codes or a clip ratio, in order."""
     for linear in linear_likes(graph):
-        quantization = quantization_of(linear.weight)
-        if quantization is not None and quantization.args[-1] != "nearest":
-            yield Product(linear, quantization)
+        quantization, activation = quantization_of(linear.weight), searched.get(linear.node.name)
+        if quantization is not None and not calibrated_by(quantization):
+            quantization = None
+        if quantization is not None or activation is not None:
+            yield Product(linear, quantization, activation)

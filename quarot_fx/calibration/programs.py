@@ -1,25 +1,24 @@
-"""The model to calibrate as programs: rotated, and with weights quantised besides."""
+"""The model to calibrate as programs: rotated, and quantised besides."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
 from torch import Tensor, fx
 
-from quarot_fx.calibration.options import GPTQOptions
 from quarot_fx.capture import INPUT
-from quarot_fx.config import QuarotConfig
+from quarot_fx.config import SEARCHED_CLIPS, QuantScheme, QuarotConfig
 from quarot_fx.errors import CalibrationDataError
 from quarot_fx.inspection import capture_one_graph
+from quarot_fx.linear_like import linear_likes
+from quarot_fx.passes.base import Pass
 from quarot_fx.passes.pipeline import build_pipeline, run_pipeline, split_at_quantization
-from quarot_fx.passes.quantize_activations import QuantizeActivations
-from quarot_fx.passes.quantize_caches import QuantizeCaches
+from quarot_fx.passes.quantized import quantized_activation
 from quarot_fx.program import Program
 from quarot_fx.store import SHARED
-
-OF_ACTIVATIONS = (QuantizeActivations, QuantizeCaches)
 
 
 @dataclass(frozen=True)
@@ -28,15 +27,26 @@ class Programs:
 
     Attributes:
         rotated: in rotated bases, nothing quantised.
-        quantized: with weights as codes that are still to be found, and perhaps with activations and caches quantised.
+        quantized: quantised besides, or some of it; codes of weights may still be to be found.
+        searched: name of a linear layer -> how its input is quantised, with a clip ratio that is to be searched for.
         tokens: place of the token ids among the arguments.
         arguments: by place; the inputs that are not token ids are the same for all sequences.
     """
 
     rotated: Program
     quantized: Program
+    searched: Mapping[str, QuantScheme]
     tokens: int
     arguments: tuple[Any, ...]
+
+    def quantized_by(self, config: QuarotConfig, without: tuple[type[Pass], ...] = ()) -> Programs:
+        """Return the model quantised in another way, ``without`` what some passes quantise."""
+        _, quantizing = split_at_quantization(build_pipeline(config.with_provisional_clips()))
+        quantized = run_pipeline(self.rotated, quantizing)
+        searched = dict(_searched_inputs(quantized.graph, config))
+        if without:
+            quantized = run_pipeline(self.rotated, [one for one in quantizing if not isinstance(one, without)])
+        return replace(self, quantized=quantized, searched=searched)
 
     def inputs(self, program: Program) -> Mapping[fx.Node, Any]:
         """Return the values of a program's placeholders, token ids included."""
@@ -49,9 +59,15 @@ class Programs:
 
 
 def capture_programs(
-    model: Callable[..., Any], example: Tensor, config: QuarotConfig, options: GPTQOptions
+    model: Callable[..., Any], example: Tensor, config: QuarotConfig, without: tuple[type[Pass], ...] = ()
 ) -> Programs:
-    """Capture a model on token ids [1, length], and rewrite it as the backend does, up to its quantisation.
+    """Capture a model on token ids [batch, length], and rewrite it as the backend does, up to its quantisation.
+
+    Args:
+        model: what to capture.
+        example: the token ids.
+        config: of the rewriting.
+        without: passes that quantise and are left out.
 
     Raises:
         CalibrationDataError: the model does not read the token ids.
@@ -63,8 +79,19 @@ def capture_programs(
     if tokens is None:
         remedy = "Give a model whose forward takes token ids first."
         raise CalibrationDataError(reason="the model's graph does not read the token ids", remedy=remedy)
-    before, quantizing = split_at_quantization(build_pipeline(config))
-    if not options.quantized_inputs:
-        quantizing = [one for one in quantizing if not isinstance(one, OF_ACTIVATIONS)]
+    before, _ = split_at_quantization(build_pipeline(config.with_provisional_clips()))
     rotated = run_pipeline(captured.bind(arguments, SHARED), before)
-    return Programs(rotated, run_pipeline(rotated, quantizing), tokens, tuple(arguments))
+    return Programs(rotated, rotated, {}, tokens, tuple(arguments)).quantized_by(config, without)
+
+
+def device_of(model: Callable[..., Any]) -> torch.device | None:
+    """Return the device of a model's first parameter, and ``None`` if it has none that can be found."""
+    parameters = model.parameters() if isinstance(model, torch.nn.Module) else iter(())
+    return next((parameter.device for parameter in parameters), None)
+
+
+def _searched_inputs(graph: fx.Graph, config: QuarotConfig) -> Iterator[tuple[str, QuantScheme]]:
+    for linear in linear_likes(graph):
+        activation = quantized_activation(linear.x)
+        if activation is not None and config.for_parameter(linear.parameter).a_clip in SEARCHED_CLIPS["a_clip"]:
+            yield linear.node.name, activation.scheme

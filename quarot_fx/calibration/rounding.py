@@ -9,29 +9,37 @@ import torch
 from torch import Tensor
 
 from quarot_fx.calibration.calibrated import PackedCodes
-from quarot_fx.calibration.gptq import Rounded, gptq_round
+from quarot_fx.calibration.gptq import gptq_round
 from quarot_fx.calibration.hessian import Hessian
 from quarot_fx.calibration.inputs import LayerInputs
+from quarot_fx.calibration.nearest import nearest_round
 from quarot_fx.calibration.options import GPTQOptions
 from quarot_fx.calibration.products import Product
 from quarot_fx.calibration.report import CalibratedWeight
+from quarot_fx.calibration.rounded import Rounded
 from quarot_fx.config import QuantScheme
-from quarot_fx.float64 import evaluate
 
 
 def round_weights(
-    group: Sequence[Product], inputs: LayerInputs, options: GPTQOptions
+    group: Sequence[Product], weights: Sequence[Tensor], inputs: LayerInputs, options: GPTQOptions
 ) -> tuple[list[PackedCodes], list[CalibratedWeight]]:
-    """Return the codes of a group's weights, and the report: one record for every matrix.
+    """Return the codes of those weights of a group that calibration rounds, in order, and a record for every matrix.
+
+    Args:
+        group: of layers that share an input.
+        weights: [matrices, rows, n] of each.
+        inputs: which have reached the group's.
+        options: of GPTQ.
 
     Raises:
         HessianError: a Hessian is not positive definite with the damping allowed.
     """
-    # [matrices, rows, n] of each
-    weights = [evaluate(one.weight).float().reshape(-1, *one.weight.meta["val"].shape[-2:]) for one in group]
-    by_scheme: dict[QuantScheme, list[int]] = defaultdict(list)
+    alike: dict[tuple[str, QuantScheme], list[int]] = defaultdict(list)
     for index, product in enumerate(group):
-        by_scheme[product.scheme].append(index)
+        if product.quantization is not None:
+            alike[product.rounding, product.scheme].append(index)
+    if not alike:
+        return [], []
     rounded: list[list[Rounded]] = [[] for _ in group]  # by weight and matrix
     records = []
     for matrix in range(len(weights[0])):
@@ -39,10 +47,13 @@ def round_weights(
         hessian = Hessian(size, weights[0].device, inputs.has_target(group))
         for rows, target in inputs.rows(group, matrix):
             hessian.add(rows, target)
-        for scheme, members in by_scheme.items():
+        for (rounding, scheme), members in alike.items():
             matrices = [weights[index][matrix] for index in members]
             name = group[members[0]].linear.parameter
-            result = gptq_round(torch.cat(matrices), hessian, scheme, options, name)
+            if rounding == "gptq":
+                result = gptq_round(torch.cat(matrices), hessian, scheme, options, name)
+            else:
+                result = nearest_round(torch.cat(matrices), hessian, scheme)
             for index, part in zip(members, result.split([len(one) for one in matrices]), strict=True):
                 rounded[index].append(part)
                 records.append(
@@ -56,7 +67,7 @@ def round_weights(
                         nearest_error=part.nearest_error,
                     )
                 )
-    return [_pack(product, parts) for product, parts in zip(group, rounded, strict=True)], records
+    return [_pack(product, parts) for product, parts in zip(group, rounded, strict=True) if parts], records
 
 
 def _pack(product: Product, parts: Sequence[Rounded]) -> PackedCodes:

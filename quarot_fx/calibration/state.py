@@ -7,20 +7,36 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import asdict
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from torch import fx
 
 from quarot_fx.calibration.calibrated import PackedCodes
-from quarot_fx.calibration.report import CalibratedWeight
+from quarot_fx.calibration.report import CalibratedInput, CalibratedWeight
 from quarot_fx.errors import CalibrationStateError
 from quarot_fx.extras import import_extra
 from quarot_fx.files import write_text
 from quarot_fx.store import content, expression
 
 INDEX = "calibration.json"
+
+
+@dataclass(frozen=True)
+class Step:
+    """What calibration found for layers that share an input.
+
+    Attributes:
+        codes: of the weights that it rounded.
+        weights: what became of each matrix.
+        inputs: how the input is clipped, if it found that.
+    """
+
+    codes: list[PackedCodes]
+    weights: list[CalibratedWeight]
+    inputs: list[CalibratedInput]
 
 
 class CalibrationState:
@@ -39,6 +55,7 @@ class CalibrationState:
         self._safetensors = import_extra("safetensors.torch", extra="calibration")
         self._folder, self._index = Path(folder), Path(folder) / INDEX
         self._steps: list[dict[str, Any]] = []
+        self._answers: dict[str, Any] = {}
         self._settings = json.loads(json.dumps(settings))
         if not self._index.exists():
             self._folder.mkdir(parents=True, exist_ok=True)
@@ -48,43 +65,66 @@ class CalibrationState:
             if written["settings"].get(name) != value:
                 reason = f"it was begun with {name}={written['settings'].get(name)!r}, not {value!r}"
                 raise CalibrationStateError(folder=str(folder), reason=reason)
-        self._steps = written["steps"]
+        self._steps, self._answers = written["steps"], written.get("answers", {})
 
     def __len__(self) -> int:
         return len(self._steps)
 
-    def load(self, step: int, quantizations: list[fx.Node]) -> tuple[list[PackedCodes], list[CalibratedWeight]]:
-        """Return the codes that a step made for ``quarot::quantize_weight`` nodes, and their report.
+    def once(self, question: str, answer: Callable[[], Any]) -> Any:
+        """Return JSON-able data that does not depend on the steps, as it was found the first time."""
+        if question not in self._answers:
+            self._answers[question] = answer()
+            self._write()
+        return self._answers[question]
+
+    def load(self, step: int, weights: list[fx.Node]) -> Step:
+        """Return what a step found.
+
+        Args:
+            step: its number.
+            weights: of its layers: ``quarot::quantize_weight`` nodes, or other constants.
 
         Raises:
-            CalibrationStateError: the step rounded other weights.
+            CalibrationStateError: the step was about other weights.
         """
         done = self._steps[step]
-        if done["digests"] != [_digest(node) for node in quantizations]:
-            names = ", ".join(sorted({record["parameter"] for record in done["weights"]}))
-            reason = f"its step {step}, {names}, rounded other weights than this model has there"
+        if done["digests"] != [_digest(node) for node in weights]:
+            parameters = {record["parameter"] for record in done["weights"]}
+            parameters.update(name for record in done.get("inputs", ()) for name in record["parameters"])
+            names = ", ".join(sorted(parameters))
+            reason = f"its step {step}, {names}, was about other weights than this model has there"
             raise CalibrationStateError(folder=str(self._folder), reason=reason)
         tensors = self._safetensors.load_file(self._folder / done["file"])
-        parts = [[tensors[f"{i}.{part}"] for part in _PARTS] for i in range(len(quantizations))]
-        return [PackedCodes(*one) for one in parts], [CalibratedWeight(**record) for record in done["weights"]]
+        parts = [[tensors[f"{i}.{part}"] for part in _PARTS] for i in range(len(tensors) // len(_PARTS))]
+        return Step(
+            [PackedCodes(*one) for one in parts],
+            [CalibratedWeight(**record) for record in done["weights"]],
+            [CalibratedInput(**{**one, "parameters": tuple(one["parameters"])}) for one in done.get("inputs", ())],
+        )
 
-    def save(self, quantizations: list[fx.Node], codes: list[PackedCodes], weights: list[CalibratedWeight]) -> None:
-        """Add a step."""
+    def save(self, weights: list[fx.Node], step: Step) -> None:
+        """Add a step, about the weights of some layers."""
         name = f"step-{len(self._steps):05}.safetensors"
-        tensors = {f"{i}.{part}": getattr(one, part).contiguous() for i, one in enumerate(codes) for part in _PARTS}
+        tensors = {
+            f"{i}.{part}": getattr(one, part).contiguous() for i, one in enumerate(step.codes) for part in _PARTS
+        }
         self._safetensors.save_file(tensors, self._folder / name)
-        digests = [_digest(node) for node in quantizations]
-        self._steps.append({"file": name, "digests": digests, "weights": [asdict(weight) for weight in weights]})
-        text = json.dumps({"settings": self._settings, "steps": self._steps}, indent=1)
-        write_text(self._index, text + "\n")
+        digests = [_digest(node) for node in weights]
+        records = {"weights": [asdict(one) for one in step.weights], "inputs": [asdict(one) for one in step.inputs]}
+        self._steps.append({"file": name, "digests": digests, **records})
+        self._write()
+
+    def _write(self) -> None:
+        content = {"settings": self._settings, "answers": self._answers, "steps": self._steps}
+        write_text(self._index, json.dumps(content, indent=1) + "\n")
 
 
 _PARTS = ("packed", "scale", "zero")
 
 
-def _digest(quantization: fx.Node) -> str:
-    """Return what identifies a quantised weight across processes: how it is made, and the content of the parameters."""
-    made = expression(quantization)
+def _digest(weight: fx.Node) -> str:
+    """Return what identifies a weight across processes: how it is made, and the content of the parameters."""
+    made = expression(weight)
     digest = hashlib.blake2b(str(made.structure).encode())
     for leaf in made.leaves:
         digest.update(content(leaf))

@@ -6,7 +6,7 @@ weights are rotated, and codes dequantised, once for all sequences.
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import ChainMap, Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -66,7 +66,7 @@ class Stream:
                     self._shared[source] = _constant(source)
         for one in segment:
             if one not in self._varying and one not in self._shared:
-                self._shared[one] = self._run(one, {})
+                self._shared[one] = _run(one, self._shared)
         varying = [one for one in segment if one in self._varying and one.op != "placeholder"]
         for values in self._values:
             self._run_all(varying, values)
@@ -76,6 +76,32 @@ class Stream:
         """Yield a node's value for each sequence in turn, of a node that was just computed or is still to be read."""
         for values in self._values:
             yield self._here(self._shared[node] if node in self._shared else values[node])
+
+    def ahead(self, node: fx.Node, replaced: Mapping[fx.Node, Tensor]) -> Iterator[Any]:
+        """Yield a later node's value for each sequence, if some constants had other values; the stream stays put.
+
+        Args:
+            node: which all that is wanted is computed no later than.
+            replaced: constants, and their other values.
+        """
+        segment = self._nodes[self._next : 1 + self._places.get(node, -1)]
+        shared = {**self._shared, **replaced}
+        for one in segment:
+            for source in one.all_input_nodes:
+                if source in self._constants and source not in shared:
+                    shared[source] = _constant(source)
+        for one in segment:
+            if one not in self._varying and one not in shared:
+                shared[one] = _run(one, shared)
+        varying = [one for one in segment if one in self._varying and one.op != "placeholder"]
+        for values in self._values:
+            local = {source: self._here(value) for source, value in values.items()}
+            for one in varying:
+                local[one] = _run(one, ChainMap(local, shared))
+                for source in one.all_input_nodes:
+                    if self._last_use[source] == self._places[one]:
+                        local.pop(source, None)
+            yield local[node] if node in local else shared[node]
 
     def forget(self, wanted: Sequence[fx.Node]) -> None:
         """Let go of the values of wanted nodes, unless they are wanted again or something later reads them."""
@@ -92,7 +118,7 @@ class Stream:
         read = {source for node in nodes for source in node.all_input_nodes}
         local = {node: self._here(value) for node, value in values.items() if node in read}
         for node in nodes:
-            local[node] = self._run(node, local)
+            local[node] = _run(node, ChainMap(local, self._shared))
             for source in node.all_input_nodes:
                 if self._last_use[source] == self._places[node]:
                     local.pop(source, None)
@@ -101,13 +127,6 @@ class Stream:
         if self._offload:
             values.update({node: _on(torch.device("cpu"), value) for node, value in values.items()})
 
-    def _run(self, node: fx.Node, local: Mapping[fx.Node, Any]) -> Any:
-        if node.op == "get_attr":
-            return stored_tensor(node)
-        shared = self._shared
-        args, kwargs = fx.map_arg((node.args, node.kwargs), lambda one: local[one] if one in local else shared[one])
-        return node.target(*args, **kwargs)  # type: ignore[operator]
-
     def _drop_read(self, values: dict[fx.Node, Any]) -> None:
         """Drop what nothing reads any more."""
         for node in [node for node in values if self._last_use[node] < self._next]:
@@ -115,6 +134,13 @@ class Stream:
 
     def _here(self, value: Any) -> Any:
         return _on(self._device, value)
+
+
+def _run(node: fx.Node, values: Mapping[fx.Node, Any]) -> Any:
+    if node.op == "get_attr":
+        return stored_tensor(node)
+    args, kwargs = fx.map_arg((node.args, node.kwargs), values.__getitem__)
+    return node.target(*args, **kwargs)  # type: ignore[operator]
 
 
 def _constant(node: fx.Node) -> Tensor:

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from quarot_fx.checkpoint.learned import read_learned
 from quarot_fx.checkpoint.manifest import DTYPES, Codes, Manifest, ModelTensor, Value
 from quarot_fx.checkpoint.saved import SavedValues, remember
 from quarot_fx.checkpoint.shards import ShardReader, read_manifest
@@ -50,8 +51,8 @@ def load(
         CheckpointOptionError: an option contradicts those that it was made with.
     """
     manifest = read_manifest(Path(folder))
-    config = config_of(manifest, str(folder), options)
     reader = ShardReader(Path(folder), manifest)
+    config = config_of(manifest, reader, str(folder), options)
     if model is None:
         if manifest.transformers is None:
             reason = f"it is of {manifest.model_class}, which is no class of transformers"
@@ -74,7 +75,7 @@ def fill(model: torch.nn.Module, manifest: Manifest, reader: ShardReader, folder
         ArchitectureError: the model has other ones.
     """
     check_fits(model, manifest, folder)
-    values = SavedValues(folder, config_of(manifest, folder, {}), _readers(manifest, reader))
+    values = SavedValues(folder, config_of(manifest, reader, folder, {}), _readers(manifest, reader))
     like = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     made = {}
     for name in sorted(manifest.model, key=lambda name: -_size(manifest.model[name])):  # one buffer for what is absent
@@ -138,12 +139,14 @@ def _readers(manifest: Manifest, reader: ShardReader) -> dict[tuple[str, ...], C
     }
 
 
-def config_of(manifest: Manifest, folder: str, options: Mapping[str, Any]) -> QuarotConfig:
+def config_of(manifest: Manifest, reader: ShardReader, folder: str, options: Mapping[str, Any]) -> QuarotConfig:
     """Return the config of a checkpoint, with the options that a run may choose.
 
     Raises:
         CheckpointOptionError: an option is none of these.
+        CheckpointFormatError: its own options are none.
     """
+    read_learned(manifest, reader, folder)
     try:
         of_weights = {name: value for name, value in manifest.options.items() if name not in OF_THE_RUN}
         made_with = QuarotConfig.from_options(of_weights)

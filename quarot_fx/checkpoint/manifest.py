@@ -115,6 +115,21 @@ class Codes:
 
 
 @dataclass(frozen=True)
+class Learned:
+    """A learned rotation.
+
+    Attributes:
+        rotation: its name.
+        absorbed_by: the axes of weights that absorb it.
+        tensor: the matrix, float64 [order, order], in a shard.
+    """
+
+    rotation: str
+    absorbed_by: tuple[str, ...]
+    tensor: str
+
+
+@dataclass(frozen=True)
 class Manifest:
     """A checkpoint.
 
@@ -127,6 +142,7 @@ class Manifest:
         model: parameters and buffers, by name.
         tied: other names of these -> the name that they have in ``model``.
         values, codes: constants.
+        learned: the rotations that the options name, if they were learned.
         tensors: all that is stored, by name.
         shards: by the name of the file.
     """
@@ -140,6 +156,7 @@ class Manifest:
     tied: Mapping[str, str]
     values: tuple[Value, ...]
     codes: tuple[Codes, ...]
+    learned: tuple[Learned, ...] = ()
     tensors: Mapping[str, TensorInfo] = field(default_factory=dict)
     shards: Mapping[str, Shard] = field(default_factory=dict)
 
@@ -193,6 +210,7 @@ class _Reader:
             tied=tied,
             values=tuple(self._value(one, tensors) for one in self._get(data, "values", list)),
             codes=tuple(self._codes(one, tensors) for one in self._get(data, "codes", list)),
+            learned=tuple(self._learned(one, tensors) for one in self._get({"learned": [], **data}, "learned", list)),
             tensors=tensors,
             shards=shards,
         )
@@ -239,6 +257,15 @@ class _Reader:
         self._check_layout(one.scale, tensors, "F32", (*rows, *groups))
         if one.zero is not None:
             self._check_layout(one.zero, tensors, "U8", (*rows, *groups))
+        return one
+
+    def _learned(self, data: Any, tensors: Mapping[str, TensorInfo]) -> Learned:
+        absorbed_by = tuple(self._is(one, str, "absorbed_by") for one in self._get(data, "absorbed_by", list))
+        one = Learned(
+            self._get(data, "rotation", str), absorbed_by, self._known(self._get(data, "tensor", str), tensors)
+        )
+        order = tensors[one.tensor].shape[:1]
+        self._check_layout(one.tensor, tensors, "F64", (*order, *order))
         return one
 
     def _check_layout(self, name: str, tensors: Mapping[str, TensorInfo], dtype: str, shape: tuple[int, ...]) -> None:

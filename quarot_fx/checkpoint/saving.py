@@ -17,6 +17,7 @@ from torch import fx
 import quarot_fx
 from quarot_fx.binding import compiled_graphs
 from quarot_fx.capture import Captured
+from quarot_fx.checkpoint.learned import write_learned
 from quarot_fx.checkpoint.manifest import DTYPE_NAMES, Codes, Manifest, ModelTensor, Value
 from quarot_fx.checkpoint.saved import origin_of
 from quarot_fx.checkpoint.shards import ShardWriter, commit
@@ -80,6 +81,7 @@ def save(
     held = names.unconsumed(constants)
     stored = {name: writer.add(name, names.tensors[name]) for name in held}
     values, codes = constants.write(writer, free_originals, held)
+    learned = write_learned(config, writer)
     writer.finish()
     manifest = Manifest(
         versions=_versions(),
@@ -94,6 +96,7 @@ def save(
         tied=names.tied,
         values=tuple(values),
         codes=tuple(codes),
+        learned=learned,
         tensors=writer.tensors,
         shards=writer.shards,
     )

@@ -7,6 +7,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -81,7 +82,8 @@ def write_configs(model: torch.nn.Module, config: QuarotConfig, folder: Path) ->
     description = describe(model)
     if description is None:
         return
-    options = config.of_weights().as_options()
+    # Matrices are in the shards, and transformers makes a config of these options before it knows where those are.
+    options = replace(config.of_weights(), learned_rotations=None).as_options()
     written = {
         **description["config"],
         "architectures": [description["class"]],

@@ -13,13 +13,22 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
+from quarot_fx.cli.calibration import (
+    CalibrationSamples,
+    CalibrationText,
+    GPTQAssignments,
+    LearningAssignments,
+    check_calibration_text,
+)
 from quarot_fx.cli.settings import (
     DEFAULT_SETTINGS,
     OptionAssignments,
     Setting,
     parse_gptq_options,
+    parse_learning_options,
     parse_options,
     parse_setting,
+    split_settings,
 )
 from quarot_fx.errors import NotFoundError, OptionError, QuarotError
 
@@ -51,13 +60,10 @@ def evaluate(
         Path | None, typer.Option(help="A .json or .toml file of settings instead, each with options of its own.")
     ] = None,
     option: OptionAssignments = None,
-    calibration: Annotated[
-        str | None, typer.Option(help="What settings with -gptq are calibrated on: a text file, 'wikitext2', 'c4', ...")
-    ] = None,
-    samples: Annotated[int, typer.Option(min=1, help="Calibration windows, as long as the others.")] = 128,
-    gptq: Annotated[
-        list[str] | None, typer.Option(metavar="NAME=VALUE", help="A field of GPTQOptions: act_order=True.")
-    ] = None,
+    calibration: CalibrationText = None,
+    samples: CalibrationSamples = 128,
+    gptq: GPTQAssignments = None,
+    learning: LearningAssignments = None,
     nested_backend: Annotated[str, typer.Option(help="What compiles the rewritten graph.")] = "eager",
     device: Annotated[str, typer.Option(help="cpu, cuda, ...")] = "cpu",
     json_file: Annotated[
@@ -66,7 +72,8 @@ def evaluate(
     markdown_file: Annotated[Path | None, typer.Option("--markdown", help="Also write the table here.")] = None,
 ) -> None:
     """Measure perplexity, needles in a text, and zero-shot tasks under each setting, next to the float model's."""
-    options, gptq_options = parse_options(option or ()), parse_gptq_options(gptq or ())
+    options = parse_options(option or ())
+    gptq_options, learning_options = parse_gptq_options(gptq or ()), parse_learning_options(learning or ())
     chosen = _settings(settings, settings_file, options)
     if tasks is None and (include_path is not None or limit is not None):
         raise OptionError(name="tasks", value=None, reason="--include-path and --limit are about tasks: name some")
@@ -74,16 +81,16 @@ def evaluate(
         text = "pydoc"
     if chunk is not None and text is None:
         raise OptionError(name="chunk", value=chunk, reason="is about a text: name one")
-    if calibration is None and any(setting.gptq is not None for setting in chosen):
-        raise OptionError(name="calibration", value=None, reason="a setting with -gptq needs a text to calibrate on")
+    for setting in chosen:
+        check_calibration_text(calibration, setting)
 
-    import quarot_fx
     from quarot_fx.calibration.data import calibration_tokens
     from quarot_fx.cli.chunks import InChunks, cache_options
     from quarot_fx.cli.environment import describe_environment
     from quarot_fx.cli.models import compile_model, load_model
     from quarot_fx.cli.needles import Needles, parse_lengths
     from quarot_fx.cli.perplexity import measure
+    from quarot_fx.cli.preparation import prepare
     from quarot_fx.cli.results import Results
     from quarot_fx.cli.tasks import Tasks
     from quarot_fx.cli.windows import TextWindows
@@ -115,13 +122,14 @@ def evaluate(
     packages = () if harness is None else ("lm-eval", "datasets")
     about |= {"nested_backend": nested_backend, **describe_environment(device, others=packages)}
     results = Results(f"{model}: {'; '.join(one.title for one in measured)}", about)
-    for setting in chosen:
+    for chosen_setting in chosen:
+        setting = chosen_setting
         row: dict[str, Any] = {"setting": setting.name, "options": setting.options}
         try:
-            if setting.gptq is not None and calibration_ids is not None:
-                how = quarot_fx.GPTQOptions.from_options({**gptq_options, **setting.gptq})
-                report = quarot_fx.calibrate(network, calibration_ids, gptq=how, **(setting.options or {}))
-                row |= {"gptq": asdict(how), "calibration_seconds": report.seconds}
+            if setting.needs_calibration and calibration_ids is not None:
+                prepared = prepare(network, setting, calibration_ids, gptq_options, learning_options)
+                setting = prepared.setting
+                row |= prepared.results()
             runnable = compile_model(network, setting, nested_backend)
             reader = runnable
             if chunk is not None:
@@ -158,7 +166,7 @@ def evaluate(
 def _settings(names: str | None, file: Path | None, options: Mapping[str, Any]) -> list[Setting]:
     """Return the settings that the command line or a file names; the usual ones if neither does."""
     if file is None:
-        return [parse_setting(name, options) for name in (DEFAULT_SETTINGS if names is None else names.split(","))]
+        return [parse_setting(name, options) for name in (DEFAULT_SETTINGS if names is None else split_settings(names))]
     if names is not None:
         raise OptionError(name="settings-file", value=str(file), reason="comes instead of --settings")
     from quarot_fx.cli.settings_file import read_settings

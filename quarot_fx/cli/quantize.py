@@ -8,7 +8,20 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from quarot_fx.cli.settings import OptionAssignments, parse_options, parse_setting
+from quarot_fx.cli.calibration import (
+    CalibrationSamples,
+    CalibrationText,
+    GPTQAssignments,
+    LearningAssignments,
+    check_calibration_text,
+)
+from quarot_fx.cli.settings import (
+    OptionAssignments,
+    parse_gptq_options,
+    parse_learning_options,
+    parse_options,
+    parse_setting,
+)
 from quarot_fx.errors import OptionError
 
 
@@ -17,26 +30,46 @@ def quantize(
     folder: Annotated[Path, typer.Argument(help="Where the checkpoint goes.")],
     setting: Annotated[str, typer.Option(help="Such as W4A4KV4, W8A8KV8, KV4 or rotated.")] = "W4A4KV4",
     option: OptionAssignments = None,
+    calibration: CalibrationText = None,
+    samples: CalibrationSamples = 128,
+    length: Annotated[int, typer.Option(min=2, help="Tokens in a calibration window.")] = 2048,
+    gptq: GPTQAssignments = None,
+    learning: LearningAssignments = None,
+    calibration_state: Annotated[
+        Path | None, typer.Option(help="A folder that calibration is saved in step by step, and resumed from.")
+    ] = None,
     dtype: Annotated[str, typer.Option(help="Of what is not quantised: float32, bfloat16 or float16.")] = "bfloat16",
     device: Annotated[str, typer.Option(help="Where weights are quantised.")] = "cpu",
     max_shard_size: Annotated[str, typer.Option(help="Of a file.")] = "2GB",
 ) -> None:
     """Quantise a model, and write what `quarot_fx.load` and `from_pretrained` read, with its tokenizer."""
-    options = parse_setting(setting, parse_options(option or ())).options
-    if options is None:
+    chosen = parse_setting(setting, parse_options(option or ()))
+    gptq_options, learning_options = parse_gptq_options(gptq or ()), parse_learning_options(learning or ())
+    if chosen.options is None:
         raise OptionError(name="setting", value=setting, reason="rewrites nothing; did you mean 'rotated'?")
     if dtype not in ("float32", "bfloat16", "float16"):
         raise OptionError(name="dtype", value=dtype, reason="must be float32, bfloat16 or float16")
 
+    check_calibration_text(calibration, chosen)
+
     import torch
 
     import quarot_fx
+    from quarot_fx.calibration.data import calibration_tokens
     from quarot_fx.cli.models import load_model
+    from quarot_fx.cli.preparation import prepare
 
     network, tokenizer = load_model(model, device)
-    quarot_fx.save(
-        network.to(getattr(torch, dtype)), folder, free_originals=True, max_shard_size=max_shard_size, **options
-    )
+    network = network.to(getattr(torch, dtype))
+    if calibration is not None and chosen.needs_calibration:
+        seed = chosen.options.get("seed", 0)
+        token_ids = calibration_tokens(calibration, tokenizer, samples, length, seed)
+        prepared = prepare(network, chosen, token_ids, gptq_options, learning_options, calibration_state)
+        chosen = prepared.setting
+        for report in (prepared.learned, prepared.calibration):
+            if report is not None:
+                Console().print(report)
+    quarot_fx.save(network, folder, free_originals=True, max_shard_size=max_shard_size, **(chosen.options or {}))
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
     size = sum(path.stat().st_size for path in folder.glob("*.safetensors"))

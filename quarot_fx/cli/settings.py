@@ -1,6 +1,7 @@
-"""Settings by name: ``float``, ``rotated``, ``W4A8KV4``, ``KV4``, ``W4A4KV4 without rotation``, ``W4A4KV4-gptq``.
+"""Settings by name: ``float``, ``rotated``, ``W4A8KV4``, ``KV4``, ``W4A4KV4 without rotation``, ``W4A4KV4-gptq``,
+``W4A4KV4-learned-gptq``.
 
-Options of one setting stand behind it in braces: ``W4A4KV4-gptq{w_group=64 act_order=True}``.
+Options of one setting stand behind it in braces: ``W4A4KV4-gptq{w_group=64 act_order=True bits_budget=4.5}``.
 """
 
 from __future__ import annotations
@@ -8,7 +9,7 @@ from __future__ import annotations
 import ast
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from typing import Annotated, Any
 
 import typer
@@ -16,6 +17,7 @@ import typer
 from quarot_fx.calibration.options import GPTQOptions
 from quarot_fx.config import UNQUANTIZED_BITS, QuarotConfig
 from quarot_fx.errors import OptionError, UnknownOptionError
+from quarot_fx.learning.options import LearningOptions
 
 DEFAULT_SETTINGS = (
     "float",
@@ -27,7 +29,8 @@ DEFAULT_SETTINGS = (
     "W4A4KV4 without rotation",
 )
 _PATTERN = re.compile(
-    r"((?:[WAKV]+\d+)+)(?P<unrotated>-norot| without rotation)?(?P<gptq>-gptq| with gptq)?(?:\{(?P<options>[^{}]*)\})?",
+    r"((?:[WAKV]+\d+)+)(?:(?P<unrotated>-norot| without rotation)|(?P<learned>-learned| with learned rotations))?"
+    r"(?P<gptq>-gptq| with gptq)?(?:\{(?P<options>[^{}]*)\})?",
     re.IGNORECASE,
 )
 
@@ -45,18 +48,37 @@ class Setting:
         name: as the user wrote it.
         options: of ``torch.compile(model, backend="quarot")``; ``None`` runs the model as it is.
         gptq: options of GPTQ, by which weights are rounded then; ``None`` rounds them to nearest.
+        learning: options of learning rotations; ``None`` leaves them random.
+        budget: ``bits_budget`` and ``bits_choices`` of :func:`quarot_fx.calibrate`, if given.
     """
 
     name: str
     options: Mapping[str, Any] | None
     gptq: Mapping[str, Any] | None = None
+    learning: Mapping[str, Any] | None = None
+    budget: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def needs_calibration(self) -> bool:
+        """Whether something has to be found on a text first."""
+        if self.options is None:
+            return False
+        found = self.learning is not None or bool(self.budget)
+        return found or QuarotConfig.from_options(self.options).needs_calibration
+
+
+def split_settings(text: str) -> list[str]:
+    """Split names of settings at commas, but not at those in braces."""
+    return re.split(r",(?![^{}]*\})", text)
 
 
 def parse_setting(text: str, options: Mapping[str, Any] | None = None) -> Setting:
-    """Read a setting: letters and their bits, 16 for letters not named, perhaps ``-norot`` and ``-gptq``, and options.
+    """Read a setting: letters and their bits, 16 for letters not named, perhaps ``-norot`` or ``-learned``, and
+    ``-gptq``, and options.
 
     Args:
-        text: such as ``W4A8KV4``, ``KV4``, ``W4A4KV4-norot``, ``W4A4KV4-gptq``, ``rotated`` (all 16) or ``float``.
+        text: such as ``W4A8KV4``, ``KV4``, ``W4A4KV4-norot``, ``W4A4KV4-learned-gptq``, ``rotated`` (all 16) or
+            ``float``.
         options: of the backend, for every setting but ``float``; those in braces overrule them.
 
     Raises:
@@ -73,18 +95,29 @@ def parse_setting(text: str, options: Mapping[str, Any] | None = None) -> Settin
     for tensors, width in re.findall(r"(\D+)(\d+)", match[1]):
         bits |= {f"{tensor.lower()}_bits": int(width) for tensor in tensors}
     own = parse_assignments((match["options"] or "").split())
+    budget = {option: own.pop(option) for option in BUDGET if option in own}
+    if "bits_choices" in budget and "bits_budget" not in budget:
+        raise OptionError(name="bits_choices", value=budget["bits_choices"], reason="goes with a bits_budget")
     of_gptq = {option: own.pop(option) for option in list(own) if match["gptq"] and option in _GPTQ_OPTIONS}
+    of_learning = {option: own.pop(option) for option in list(own) if match["learned"] and option in _LEARNING_OPTIONS}
     rotation = {"rotation": "none"} if match["unrotated"] else {}
     rounding = {"w_rounding": "gptq"} if match["gptq"] else {}
     setting = Setting(
-        name, {**bits, **rotation, **rounding, **(options or {}), **own}, of_gptq if match["gptq"] else None
+        name,
+        {**bits, **rotation, **rounding, **(options or {}), **own},
+        of_gptq if match["gptq"] else None,
+        of_learning if match["learned"] else None,
+        budget,
     )
     QuarotConfig.from_options(setting.options)
     GPTQOptions.from_options(setting.gptq)
+    LearningOptions.from_options(setting.learning)
     return setting
 
 
+BUDGET = ("bits_budget", "bits_choices")
 _GPTQ_OPTIONS = {field.name for field in fields(GPTQOptions)}
+_LEARNING_OPTIONS = {field.name for field in fields(LearningOptions)} - {"seed"}  # which is the backend's
 
 
 def parse_options(assignments: Iterable[str]) -> dict[str, Any]:
@@ -108,6 +141,18 @@ def parse_gptq_options(assignments: Iterable[str]) -> dict[str, Any]:
     """
     options = parse_assignments(assignments)
     GPTQOptions.from_options(options)
+    return options
+
+
+def parse_learning_options(assignments: Iterable[str]) -> dict[str, Any]:
+    """Read ``NAME=VALUE`` texts as options of learning rotations.
+
+    Raises:
+        OptionError: a text has no ``=``.
+        UnknownOptionError: a name is not a field of :class:`LearningOptions`.
+    """
+    options = parse_assignments(assignments)
+    LearningOptions.from_options(options)
     return options
 
 

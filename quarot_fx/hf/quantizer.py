@@ -51,8 +51,8 @@ class QuarotQuantizer(HfQuantizer):
             raise CheckpointNotFoundError(folder="", reason="there are no files", remedy="Give a folder or a name.")
         folder = Path(checkpoint_files[0]).parent
         manifest = read_manifest(folder)
-        config = config_of(manifest, str(folder), {})
-        self._checkpoint = folder, manifest, ShardReader(folder, manifest), config
+        reader = ShardReader(folder, manifest)
+        self._checkpoint = folder, manifest, reader, config_of(manifest, reader, str(folder), {})
         self._device = _one_device(device_map, folder)
         self._hidden = _Hidden(model)
 

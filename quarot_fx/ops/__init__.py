@@ -2,6 +2,7 @@
 
 from quarot_fx.ops.append import append
 from quarot_fx.ops.append_dequantize import append_dequantize
+from quarot_fx.ops.append_pair import append_pair
 from quarot_fx.ops.attend import attend
 from quarot_fx.ops.attend_packed import attend_packed
 from quarot_fx.ops.declaration import DECLARATIONS, OpDeclaration, Provider, declaration_of, declare
@@ -30,6 +31,7 @@ __all__ = [
     "Provider",
     "append",
     "append_dequantize",
+    "append_pair",
     "attend",
     "attend_packed",
     "declaration_of",

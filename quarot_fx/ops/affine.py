@@ -65,6 +65,15 @@ def asymmetric_scale(
     return scale, _to_code((-smallest / scale).round(), 0, highest, torch.uint8)
 
 
+def scale_and_zero(
+    x: Tensor, bits: int, group: int | None, clip: float | Tensor, symmetric: bool
+) -> tuple[Tensor, Tensor | None]:
+    """Return the scale, and the zero point where codes are not symmetric."""
+    if symmetric:
+        return symmetric_scale(x, bits, group, clip), None
+    return asymmetric_scale(x, bits, group, clip)
+
+
 def encode(x: Tensor, scale: Tensor, zero: Tensor | None, bits: int) -> Tensor:
     """Round x [..., n] to codes [..., n]: int8, or uint8 where there is a zero point."""
     lowest, highest = code_range(bits, signed=zero is None)

@@ -43,6 +43,11 @@ def _fake(q: Tensor, *rest: Any) -> Tensor:
     return q.new_empty((*q.shape[:3], rest[-1]))
 
 
+def _lowest_beyond(keys: int, first: int, dtype: torch.dtype) -> Tensor:
+    """Return a mask [1, 1, 1, keys] that adds the lowest number from ``first`` on, as some models' masks do."""
+    return torch.where(torch.arange(keys) < first, 0.0, torch.finfo(dtype).min).to(dtype)[None, None, None]
+
+
 def _inputs(generator: torch.Generator) -> Iterator[tuple[Any, ...]]:
     def stored(shape: tuple[int, ...], bits: int, group: int | None) -> tuple[Tensor, Tensor, Tensor]:
         codes, scale, zero = quantize_asymmetric(torch.randn(shape, generator=generator), bits, group)
@@ -70,6 +75,9 @@ def _inputs(generator: torch.Generator) -> Iterator[tuple[Any, ...]]:
         yield case(1, 3, 3, 3, 77, 80, (2, 4), dtype=dtype)
         yield case(1, 6, 2, 16, 40, 96, (8, 2), 32, dtype=dtype)
         yield case(1, 4, 1, 1, 1, 128, (4, 8), 64, dtype=dtype)
+        yield case(1, 8, 1, 1, 50, 128, (2, 8), dtype=dtype)
+        yield case(2, 6, 2, 4, 100, 96, (8, 4), dtype=dtype, mask=torch.rand(2, 1, 4, 100, generator=generator) < 0.5)
+        yield case(1, 2, 1, 1, 70, 256, (4, 2), dtype=dtype, mask=_lowest_beyond(70, 30, dtype))
     place = torch.arange(270)
     length = torch.tensor([45, 270])[:, None, None, None]
     is_causal = place <= torch.tensor([150, 151, 152])[:, None]

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from quarot_fx.errors import NotCalibratedError
-from quarot_fx.ops.affine import asymmetric_scale, encode, symmetric_scale
+from quarot_fx.ops.affine import encode, scale_and_zero
 from quarot_fx.ops.clip_search import search_clip
 from quarot_fx.ops.declaration import OpDeclaration, declare
 from quarot_fx.ops.quantize_asymmetric import quantize_asymmetric
@@ -19,24 +19,34 @@ Codes = tuple[Tensor, Tensor, Tensor]
 
 
 def _reference(
-    weight: Tensor, bits: int, group: int | None, clip: float | None, symmetric: bool, rounding: str = "nearest"
+    weight: Tensor,
+    bits: int,
+    group: int | None,
+    clip: float | None,
+    symmetric: bool,
+    rounding: str = "nearest",
+    error: str = "weight",
 ) -> Codes:
     """Return codes [..., n], float32 scale and zero point [..., n / group] of a weight [..., n], rounded to nearest.
 
     Codes are int8 with no zero points, an empty tensor, or uint8 with zero points in uint8. All is computed in float32.
-    ``clip=None`` finds the best ratio for every group. Any other rounding follows from more than the weight: its codes
-    are looked up where calibration left them, see ``quarot_fx.calibration.calibrated``.
+    ``clip=None`` finds the ratio with the least error of the weight, for every group. Any other rounding, and the ratio
+    with the least error of the output, follow from more than the weight: such codes are looked up where calibration
+    left them, see ``quarot_fx.calibration.calibrated``.
     """
-    if rounding != "nearest":
-        raise NotCalibratedError(parameter="of this op", rounding=rounding)
+    if (rounding, error) != ("nearest", "weight"):
+        raise NotCalibratedError(parameter="of this op", how=options_by_calibration(rounding, error))
     weight = weight.detach().float()
     ratio = search_clip(weight, bits, group, symmetric) if clip is None else clip
-    if symmetric:
-        scale, zero = symmetric_scale(weight, bits, group, ratio), None
-    else:
-        scale, zero = asymmetric_scale(weight, bits, group, ratio)
+    scale, zero = scale_and_zero(weight, bits, group, ratio, symmetric)
     codes = encode(weight, scale, zero, bits)
     return codes.contiguous(), scale.contiguous(), _no_zero(weight) if zero is None else zero.contiguous()
+
+
+def options_by_calibration(rounding: str = "nearest", error: str = "weight") -> str:
+    """Return the options that take calibration, by their names and values; nothing if the weight is enough."""
+    named = [f"w_rounding={rounding!r}"] if rounding != "nearest" else []
+    return " and ".join([*named, f"w_clip={error!r}"] if error != "weight" else named)
 
 
 def _no_zero(weight: Tensor) -> Tensor:
@@ -44,7 +54,13 @@ def _no_zero(weight: Tensor) -> Tensor:
 
 
 def _fake(
-    weight: Tensor, bits: int, group: int | None, clip: float | None, symmetric: bool, rounding: str = "nearest"
+    weight: Tensor,
+    bits: int,
+    group: int | None,
+    clip: float | None,
+    symmetric: bool,
+    rounding: str = "nearest",
+    error: str = "weight",
 ) -> Codes:
     quantize = quantize_symmetric if symmetric else quantize_asymmetric
     codes, scale, *zero = quantize(weight.float(), bits, group)
@@ -65,7 +81,7 @@ def _inputs(generator: torch.Generator) -> Iterator[tuple[Any, ...]]:
 quantize_weight = declare(
     OpDeclaration(
         schema="quantize_weight(Tensor weight, int bits, int? group, float? clip, bool symmetric,"
-        " str rounding='nearest') -> (Tensor codes, Tensor scale, Tensor zero)",
+        " str rounding='nearest', str error='weight') -> (Tensor codes, Tensor scale, Tensor zero)",
         reference=_reference,
         fake=_fake,
         inputs=_inputs,

@@ -36,7 +36,11 @@ def _fake(x: Tensor, cos: Tensor, sin: Tensor, rotation: str) -> Tensor:
 
 def _inputs(generator: torch.Generator) -> Iterator[tuple[Any, ...]]:
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
-        for batch, tokens, heads, size, rotation in ((2, 5, 3, 64, "hadamard-64"), (1, 1, 2, 48, "hadamard-48")):
+        for batch, tokens, heads, size, rotation in (
+            (2, 5, 3, 64, "hadamard-64"),
+            (1, 1, 2, 48, "hadamard-48"),
+            (1, 300, 7, 64, "hadamard-32"),
+        ):
             x = torch.randn(batch, tokens, heads, size, generator=generator).to(dtype)
             angle = torch.rand(1, tokens, size // 2, generator=generator).repeat(1, 1, 2)
             yield x.transpose(1, 2), angle.cos().to(dtype), angle.sin().to(dtype), rotation

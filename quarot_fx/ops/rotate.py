@@ -34,6 +34,7 @@ def _inputs(generator: torch.Generator) -> Iterator[tuple[Any, ...]]:
             ((1, 8, 1, 128), "hadamard-128", 1, False),
             ((3, 240), "hadamard-12", 20, True),  # across heads
             ((2, 1, 448), "hadamard-448", 1, False),
+            ((2, 3072), "hadamard-3072", 1, True),
         ):
             yield torch.randn(shape, generator=generator).to(dtype), rotation, -1, inner, inverse
     yield x[:0], "hadamard-16"

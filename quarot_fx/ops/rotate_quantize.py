@@ -59,6 +59,7 @@ def _inputs(generator: torch.Generator) -> Iterator[tuple[Any, ...]]:
             (160, "hadamard-5", 32),  # across five heads, by a Hartley matrix
             (240, "hadamard-12", 20),
             (512, "hadamard-512", 1),
+            (3072, "hadamard-3072", 1),
             (44, "hadamard-44", 1),
             (72, "hadamard-72", 1),
         ):

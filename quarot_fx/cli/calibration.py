@@ -1,0 +1,33 @@
+"""What commands that calibrate are told about it."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from quarot_fx.cli.settings import Setting
+from quarot_fx.errors import OptionError
+
+CalibrationText = Annotated[
+    str | None,
+    typer.Option(
+        "--calibration",
+        help="What settings with -gptq, -learned, searched clip ratios or a budget of bits are calibrated on: a text "
+        "file, 'wikitext2', 'c4', ...",
+    ),
+]
+CalibrationSamples = Annotated[int, typer.Option("--samples", min=1, help="Calibration windows.")]
+GPTQAssignments = Annotated[
+    list[str] | None, typer.Option("--gptq", metavar="NAME=VALUE", help="A field of GPTQOptions: act_order=True.")
+]
+LearningAssignments = Annotated[
+    list[str] | None, typer.Option("--learning", metavar="NAME=VALUE", help="A field of LearningOptions: steps=200.")
+]
+
+
+def check_calibration_text(text: str | None, setting: Setting) -> None:
+    """Raise an OptionError if a setting takes calibration, and there is nothing to calibrate on."""
+    if text is None and setting.needs_calibration:
+        reason = f"{setting.name!r} needs a text to calibrate on"
+        raise OptionError(name="calibration", value=None, reason=reason)

@@ -1,0 +1,74 @@
+"""What a setting takes before a model is compiled under it: learned rotations, and calibration."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from quarot_fx.cli.settings import Setting
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from quarot_fx.calibration.report import Calibration
+    from quarot_fx.learning.rotations import LearnedRotations
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A setting with the options that were found, and reports of how."""
+
+    setting: Setting
+    learned: LearnedRotations | None
+    calibration: Calibration | None
+
+    def results(self) -> dict[str, Any]:
+        """Return what was found, but for matrices and single weights, as JSON-able data."""
+        options = {name: value for name, value in (self.setting.options or {}).items() if name != "learned_rotations"}
+        results: dict[str, Any] = {"options": options}
+        if (learned := self.learned) is not None:
+            results |= {"learning": learned.options, "learning_seconds": learned.seconds, "losses": learned.losses}
+        if (report := self.calibration) is not None:
+            results |= {"gptq": asdict(report.gptq), "calibration_seconds": report.seconds}
+            if report.bits:
+                results |= {"bits_per_weight": report.bits_per_weight, "bits": [asdict(one) for one in report.bits]}
+            for name in ("inputs", "caches"):
+                if found := getattr(report, name):
+                    results[name] = [asdict(one) for one in found]
+        return results
+
+
+def prepare(
+    model: nn.Module,
+    setting: Setting,
+    token_ids: Tensor,
+    gptq: Mapping[str, Any],
+    learning: Mapping[str, Any],
+    state: Path | None = None,
+) -> Prepared:
+    """Learn rotations for a model, if the setting says so, and calibrate what it leaves to calibration.
+
+    Args:
+        model: in evaluation mode.
+        setting: that needs calibration.
+        token_ids: [n, length].
+        gptq: options of GPTQ, which those of the setting overrule.
+        learning: options of learning, likewise.
+        state: a folder to save calibration in, and to resume it from.
+    """
+    import quarot_fx
+    from quarot_fx.config import QuarotConfig
+
+    learned = report = None
+    if setting.learning is not None:
+        how = quarot_fx.LearningOptions.from_options({**learning, **setting.learning})
+        learned = quarot_fx.learn_rotations(model, token_ids, learning=how, **(setting.options or {}))
+        setting = replace(setting, options={**(setting.options or {}), "learned_rotations": learned})
+    if setting.budget or QuarotConfig.from_options(setting.options).needs_calibration:
+        rounds = quarot_fx.GPTQOptions.from_options({**gptq, **(setting.gptq or {})})
+        options = {"w_rounding": "nearest", **(setting.options or {})}
+        report = quarot_fx.calibrate(model, token_ids, gptq=rounds, state=state, **setting.budget, **options)
+        setting = replace(setting, options=report.options)
+    return Prepared(setting, learned, report)
