@@ -155,6 +155,14 @@ def test_report():
     assert "window of 8" in text
     assert "K3 V4" in text
     assert "1 x (24 tokens)" in repr(cache)
+    assert "not from a compiled one" not in text
+    model = tiny_model("gemma3_text", **BOTH)
+    with torch.no_grad():
+        model(random_token_ids(1, 7), past_key_values=cache)
+    assert cache.report().uncompiled_tokens == 7
+    assert "7 tokens came from the model as it is, not from a compiled one" in str(cache.report())
+    cache.reset()
+    assert cache.report().uncompiled_tokens == 0
     waiting = QuarotCache(tiny_model("llama").config, 24).report()
     assert {layer.reason for layer in waiting.layers} == {"tensors are made when the first token comes"}
     assert "0-1" in str(waiting)

@@ -4,6 +4,8 @@ cache, and nothing is compiled again once all graphs have been.
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 from caches import SimulatedCache, double_model, make
@@ -106,6 +108,27 @@ def test_assisted_by_the_prompt(graphs):
     assert counts[0] == counts[1]
 
 
+@pytest.mark.parametrize("seed", [1, pytest.param(0, marks=pytest.mark.slow)], ids=["of other weights", "its twin"])
+def test_assisted_by_a_compiled_model(seed, graphs):
+    """A draft model with a cache of its own, compiled too: what it proposes changes no token."""
+    ids = random_token_ids(1, PROMPT)
+    expected = generate(compiled("llama"), ids, use_cache=False).sequences
+    model, draft = compiled("llama"), double_model("llama", **ONE, seed=seed)
+    by_model_compile(draft, nested_backend="eager")
+    caches = [make("static", one, ROOM) for one in (model, draft)]
+    draft.generate = partial(draft.generate, past_key_values=caches[1])
+    counts = []
+    for _ in range(2):
+        out = generate(model, ids, past_key_values=caches[0], assistant_model=draft)
+        assert out.sequences.tolist() == expected.tolist()
+        assert all(cache.get_seq_length() >= PROMPT for cache in caches)
+        assert [cache.report().uncompiled_tokens for cache in caches] == [0, 0]
+        counts.append(graphs())
+        for cache in caches:
+            cache.reset()
+    assert counts[0] == counts[1]
+
+
 def test_streaming():
     class Streamer:
         def __init__(self):
@@ -141,6 +164,7 @@ def test_compile_config(name, graphs):
         config = compile_config(w_bits=16, a_bits=16)
         assert_same(generate(model, ids, past_key_values=cache, compile_config=config), expected)
         assert graphs() == 1
+        assert cache.report().uncompiled_tokens == PROMPT
         cache.reset()
 
 
@@ -156,3 +180,18 @@ def test_compile_config_in_four_bits(graphs):
     with torch.no_grad():
         expected = [call(tokens, past_key_values=cache).logits[:, -1].float() for call, tokens in calls]
     torch.testing.assert_close(list(out.logits), expected, rtol=0, atol=1e-6)
+
+
+def test_compile_config_with_the_prompt_in_chunks(graphs):
+    """Chunks of a prompt are run compiled, a single one, too: then all tokens are in few bits."""
+    ids = random_token_ids(1, PROMPT)
+    expected = generate(compiled("llama"), ids, use_cache=False)
+    model = double_model("llama", **ONE)
+    cache = make("static", model, ROOM)
+    before = graphs()
+    for _ in range(2):
+        options = {"compile_config": compile_config(), "prefill_chunk_size": PROMPT}
+        assert_same(generate(model, ids, past_key_values=cache, **options), expected)
+        assert graphs() == before + 2
+        assert cache.report().uncompiled_tokens == 0
+        cache.reset()

@@ -66,14 +66,15 @@ def measure_capacity(name: str, shape: DecoderShape, way: Way, sequences: int, d
             free = _free(device)
             layers = _FewLayers(shape, MORE_LAYERS, way, device)
             first = layers.step(blank)
-            if few is None or first.weight_bytes is None or first.cache_bytes is None or first.peak_bytes is None:
+            if few is None or first.weight_bytes is None or first.peak_bytes is None:
                 yield replace(first, reason=first.reason or "memory is not counted on this device")
                 return
             layers.others = (first.weight_bytes - few) // (MORE_LAYERS - FEW_LAYERS) * (shape.layers - MORE_LAYERS)
             weights = first.weight_bytes + layers.others
+            working = first.peak_bytes - first.weight_bytes - a_token * FIRST
             for tokens in TOKENS:
                 yield replace(blank, tokens=tokens, weight_bytes=weights, cache_bytes=a_token * tokens)
-            room = (free - SPARE - layers.others - (first.peak_bytes - first.cache_bytes)) // a_token
+            room = (free - SPARE - weights - working) // a_token
             for _ in range(TRIES if room >= GROUP else 0):
                 found = layers.step(replace(blank, tokens=room // GROUP * GROUP, weight_bytes=weights))
                 yield found

@@ -1,4 +1,4 @@
-"""A record as a figure: speed-up of the products over tokens, a panel a shape, and prefill and decode as bars."""
+"""A record as a figure: speed-up of the products over tokens, prefill and decode as bars, and memory over tokens."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from quarot_fx.bench.record import ModelTime, Record
+from quarot_fx.bench.record import MemoryUse, ModelTime, Record
+from quarot_fx.bench.tables import largest
 from quarot_fx.errors import OptionError
 
 COLUMNS = 4
@@ -28,9 +29,9 @@ def plot(record: Record, path: Path) -> None:
     Raises:
         OptionError: there is nothing in the record to draw, or no such format.
     """
-    panels: list[Panel] = [*_products(record), *_models(record)]
+    panels: list[Panel] = [*_products(record), *_models(record), *_memory(record)]
     if not panels:
-        reason = "there is nothing to draw: of the parts, matmul, layers and models are"
+        reason = "there is nothing to draw: of the parts, matmul, layers, models and memory are"
         raise OptionError(name="plot", value=str(path), reason=reason)
     columns = min(COLUMNS, len(panels))
     rows = math.ceil(len(panels) / columns)
@@ -92,4 +93,25 @@ def _draw_bars(axes: Any, times: Sequence[ModelTime]) -> None:
     names = [f"{model}\n{sequences} x {tokens} tokens" for model, _, sequences, tokens in work]
     axes.set_xticks([place + centre for place in range(len(names))], names, fontsize="small")
     axes.set_ylabel("ms")
+    axes.legend(fontsize="x-small")
+
+
+def _memory(record: Record) -> Iterator[Panel]:
+    for model in dict.fromkeys(use.model for use in record.memory):
+        yield f"{model}: memory", partial(_draw_memory, uses=[use for use in record.memory if use.model == model])
+
+
+def _draw_memory(axes: Any, uses: Sequence[MemoryUse]) -> None:
+    """Draw weights and cache as computed for any number of tokens, and the peak of the largest that was run."""
+    for index, way in enumerate(dict.fromkeys(use.way for use in uses)):
+        sized = sorted((use for use in uses if use.way == way and not use.reason), key=lambda use: use.total_tokens)
+        totals = [((use.weight_bytes or 0) + (use.cache_bytes or 0)) / 2**30 for use in sized]
+        axes.plot([use.total_tokens for use in sized], totals, marker=".", label=way, color=f"C{index}")
+        for use in largest(sized):
+            axes.plot(use.total_tokens, (use.peak_bytes or 0) / 2**30, marker="*", markersize=10, color=f"C{index}")
+    axes.set_xscale("log", base=2)
+    axes.xaxis.set_major_formatter(lambda tokens, _: f"{tokens / 1024:,.0f}k")
+    axes.set_ylim(bottom=0)
+    axes.set_xlabel("tokens in the cache (star: the most that fit)")
+    axes.set_ylabel("GiB of weights and cache")
     axes.legend(fontsize="x-small")

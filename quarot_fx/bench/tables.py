@@ -14,6 +14,7 @@ from quarot_fx.bench.record import (
     GatedTime,
     HadamardTime,
     MatmulTime,
+    MemoryUse,
     ModelTime,
     PeerTime,
     Record,
@@ -39,6 +40,11 @@ def tables(record: Record) -> Iterator[RenderableType]:
         if times:
             yield _model_table(title, times)
             yield from _reasons((f"{time.model} {time.phase}, {time.way}", time.reason) for time in times)
+    if record.memory:
+        yield _memory_table(record.memory)
+        yield from _reasons(
+            (f"{use.model} {use.sequences} x {use.tokens}, {use.way}", use.reason) for use in record.memory
+        )
 
 
 def _table(title: str, names: Sequence[str], numbers: Sequence[str]) -> Table:
@@ -144,6 +150,26 @@ def _model_table(title: str, times: Sequence[ModelTime]) -> Table:
             _gibibytes(t.compile_peak_bytes), str(t.graphs), str(t.cudagraph_skips),
         )  # fmt: skip
     return table
+
+
+def _memory_table(uses: Sequence[MemoryUse]) -> Table:
+    numbers = ("sequences", "tokens", "weights", "cache", "allocated for it", "peak of a step", "tokens in all", "")
+    table = _table("memory of a model that decodes, by the room of its cache", ("model", "by"), numbers)
+    baseline = {use.model: use.total_tokens for use in largest(uses) if use.cache_bits == 16}
+    found = {id(use) for use in largest(uses)}
+    for use in uses:
+        known = (use.weight_bytes, use.cache_bytes, use.allocated_bytes, use.peak_bytes)
+        ratio = f"{use.total_tokens / baseline[use.model]:.2f}x" if id(use) in found and use.model in baseline else ""
+        cells = (str(use.sequences), str(use.tokens), *map(_gibibytes, known), f"{use.total_tokens:,}", ratio)
+        table.add_row(use.model, use.way, *cells)
+    return table
+
+
+def largest(uses: Iterable[MemoryUse]) -> list[MemoryUse]:
+    """Return, of each model run in each way, the largest that a step was run with."""
+    run = [use for use in uses if use.peak_bytes is not None]
+    best = {(use.model, use.way): use for use in sorted(run, key=lambda use: use.total_tokens)}
+    return list(best.values())
 
 
 def speedups(times: Iterable[ModelTime], baseline: str = "bfloat16") -> dict[tuple[str, str, int, int, str], float]:

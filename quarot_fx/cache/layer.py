@@ -18,6 +18,7 @@ class PackedLayer(CacheLayerMixin):
 
     Attributes:
         packed_keys, packed_values: what is stored.
+        uncompiled_tokens: that came from a model that was not compiled, and so computed them in full precision.
         where: the layer's name in messages.
     """
 
@@ -30,6 +31,7 @@ class PackedLayer(CacheLayerMixin):
         self.where = where
         self.packed_keys = PackedTensor(key_format, f"the keys of {where}")
         self.packed_values = PackedTensor(value_format, f"the values of {where}")
+        self.uncompiled_tokens = 0
         self.is_initialized = False
 
     @property
@@ -89,8 +91,10 @@ class PackedLayer(CacheLayerMixin):
         self.prefetch()
         self.packed_keys.check_fits(key_states)
         self.packed_values.check_fits(value_states)
-        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            key_states, value_states = key_states.detach(), value_states.detach()  # a graph would grow with the cache
+        if not torch.compiler.is_compiling():
+            self.uncompiled_tokens += key_states.shape[-2]
+            if torch.is_grad_enabled():
+                key_states, value_states = key_states.detach(), value_states.detach()  # a graph would grow with them
         return self._append(key_states, value_states)
 
     def _append(self, key_states: Tensor, value_states: Tensor) -> tuple[Tensor, Tensor]:
@@ -98,6 +102,7 @@ class PackedLayer(CacheLayerMixin):
 
     def reset(self) -> None:
         """Forget all tokens. Tensors stay where they are."""
+        self.uncompiled_tokens = 0
         for packed in self.packed:
             packed.replace(Tensor.zero_)
 

@@ -154,7 +154,8 @@ def _report(index: int, layer: Any) -> LayerReport:
     if isinstance(layer, PackedLayer):
         k_bits, v_bits = (packed.format.bits for packed in layer.packed)
         reason = "" if layer.is_initialized else "tensors are made when the first token comes"
-        return LayerReport(index, layer.kind, k_bits, v_bits, layer.nbytes, layer.dense_nbytes, reason)
+        known = (layer.nbytes, layer.dense_nbytes, reason, layer.uncompiled_tokens)
+        return LayerReport(index, layer.kind, k_bits, v_bits, *known)
     nbytes = sum(tensor.nbytes for value in vars(layer).values() for tensor in _tensors(value))
     return LayerReport(index, type(layer).__name__, None, None, nbytes, nbytes, _why_not_ours(layer))
 

@@ -21,6 +21,7 @@ class LayerReport:
         nbytes: bytes that are allocated.
         dense_nbytes: bytes of as many keys and values in bfloat16; of other layers, ``nbytes``.
         reason: why the layer is not ours, or keeps 16 bits, or has no tensors; empty otherwise.
+        uncompiled_tokens: that came, since the last reset, from a model that was not compiled.
     """
 
     index: int
@@ -30,6 +31,7 @@ class LayerReport:
     nbytes: int
     dense_nbytes: int
     reason: str = ""
+    uncompiled_tokens: int = 0
 
 
 @dataclass(frozen=True)
@@ -47,6 +49,11 @@ class CacheReport:
     def dense_nbytes(self) -> int:
         """Bytes that a cache in bfloat16 takes."""
         return sum(layer.dense_nbytes for layer in self.layers)
+
+    @property
+    def uncompiled_tokens(self) -> int:
+        """Tokens that came from a model that was not compiled. Its weights and activations are not of few bits."""
+        return max((layer.uncompiled_tokens for layer in self.layers), default=0)
 
     def as_dict(self) -> dict[str, Any]:
         """Return the report as JSON-able data."""
@@ -73,7 +80,10 @@ class CacheReport:
             table.add_row(numbers, kind, bits, *map(mebibytes, sizes), reason)
         ratio = self.dense_nbytes / max(self.nbytes, 1)
         total = f"{mebibytes(self.nbytes)}, in bfloat16 {mebibytes(self.dense_nbytes)} ({ratio:.2f}x)"
-        return Group(table, total if self.nbytes else "nothing is allocated yet")
+        lines = [total if self.nbytes else "nothing is allocated yet"]
+        if self.uncompiled_tokens:
+            lines.append(f"{self.uncompiled_tokens} tokens came from the model as it is, not from a compiled one")
+        return Group(table, *lines)
 
     def __str__(self) -> str:
         from rich.console import Console

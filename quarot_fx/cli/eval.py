@@ -43,7 +43,7 @@ def evaluate(
     window_length: Annotated[int, typer.Option(min=2, help="Tokens in a window.")] = 2048,
     batch: Annotated[int, typer.Option(min=1, help="Windows that the model gets at a time.")] = 1,
     needles: Annotated[
-        str | None, typer.Option(help="Instead of perplexity: hide numbers in 2048,8192 tokens, and ask for them.")
+        str | None, typer.Option(help="Instead of perplexity: hide words in 2048,8192 tokens, and ask for them.")
     ] = None,
     depths: Annotated[int, typer.Option(min=1, help="Needles in texts of each length.")] = 5,
     chunk: Annotated[

@@ -1,4 +1,4 @@
-"""Needles in a haystack: numbers hidden in a long text, which the model is asked for at its end."""
+"""Needles in a haystack: words hidden in a long text, which the model is asked for at its end."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ import torch
 from quarot_fx.errors import OptionError
 from quarot_fx.progress import track
 
-NEEDLE = "\n\nThe secret number of {name} is {number}.\n\n"
-QUESTION = "\n\nThe secret number of {name} is"
-ANSWER = " {number}"
+NEEDLE = "\n\nThe secret word of {name} is {word}.\n\n"
+QUESTION = "\n\nThe secret word of {name} is"
+ANSWER = " {word}"
 NAMES = ("Alice", "Robert", "Berlin", "Diana", "the castle", "Lisbon", "Oliver", "the river", "Emma", "Chicago")
-NUMBERS = (10000, 99999)
+WORDS = ("lantern", "violin", "harbor", "pepper", "tiger", "candle", "rocket", "marble", "saddle", "walnut")
 
 
 @dataclass(frozen=True)
 class Needle:
-    """A text that hides a number, and ends with it once more.
+    """A text that hides a word, and ends with it once more.
 
     Attributes:
         depth: where it is hidden: 0 is the beginning, 1 the end.
@@ -36,7 +36,7 @@ class Needle:
 
     @torch.no_grad()
     def is_found_by(self, model: Any) -> bool:
-        """Whether a model that is given the text and the question answers with the number, if it decodes greedily."""
+        """Whether a model that is given the text and the question answers with the word, if it decodes greedily."""
         logits = model(input_ids=self.token_ids, use_cache=False, logits_to_keep=self.answer + 1).logits
         return bool((logits[0, :-1].argmax(-1) == self.token_ids[0, -self.answer :]).all())
 
@@ -87,9 +87,9 @@ class Needles:
         """
         chance = random.Random(length)
         for place in range(self.depths):
-            name, number = NAMES[place % len(NAMES)], chance.randint(*NUMBERS)
-            statement, question = self._tokens(NEEDLE, name, number), self._tokens(QUESTION, name, number)
-            answer = self._tokens(QUESTION + ANSWER, name, number)[len(question) :]
+            name, word = chance.choice(NAMES), chance.choice(WORDS)
+            statement, question = self._tokens(NEEDLE, name, word), self._tokens(QUESTION, name, word)
+            answer = self._tokens(QUESTION + ANSWER, name, word)[len(question) :]
             around = length - len(statement) - len(question) - len(answer)
             if not 0 < around <= len(self.haystack):
                 reason = f"leaves {around} tokens around a needle, and the text has {len(self.haystack)}"
@@ -99,8 +99,8 @@ class Needles:
             parts = (self.haystack[:before], statement, self.haystack[before:around], question, answer)
             yield Needle(depth, torch.cat(parts)[None], len(answer))
 
-    def _tokens(self, template: str, name: str, number: int) -> torch.Tensor:
-        text = template.format(name=name, number=number)
+    def _tokens(self, template: str, name: str, word: str) -> torch.Tensor:
+        text = template.format(name=name, word=word)
         token_ids = self.tokenizer(text, add_special_tokens=False, return_tensors="pt").input_ids[0]
         return token_ids.to(self.haystack.device)
 
