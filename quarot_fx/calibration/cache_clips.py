@@ -15,6 +15,7 @@ from quarot_fx.config import QuarotConfig
 from quarot_fx.graph import AUTHOR, argument_nodes
 from quarot_fx.passes.quantize_caches import QuantizeCaches
 from quarot_fx.passes.quantized import quantization_behind, rounded, scheme_of, set_clip
+from quarot_fx.progress import track
 
 RATIOS = tuple(round(1 - step / 50, 2) for step in range(21))  # 1.00, 0.98, ... 0.60
 
@@ -38,7 +39,7 @@ def search_cache_clip(
     tokens, inputs = programs.token_input(program), programs.inputs(program)
     stream = Stream(program.graph, tokens, sequences.split(1), inputs, sources, offload)
     relative = torch.zeros(len(RATIOS), dtype=torch.float64, device=sequences.device)
-    for site, source in zip(sites, sources, strict=True):
+    for site, source in zip(track(sites, f"clip ratio of {kind}s"), sources, strict=True):
         stream.advance([source])
         sums = torch.zeros(1 + len(RATIOS), dtype=torch.float64, device=sequences.device)
         for x in map(Tensor.float, stream.values(source)):
