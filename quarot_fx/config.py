@@ -8,10 +8,12 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from quarot_fx.errors import OptionError, UnknownOptionError
-from quarot_fx.learning.rotations import LearnedRotations, name_of
+
+if TYPE_CHECKING:
+    from quarot_fx.learning.rotations import LearnedRotations
 
 UNQUANTIZED_BITS = 16
 ROTATIONS = ("hadamard", "random", "none")
@@ -143,6 +145,8 @@ class QuarotConfig:
         self._set("disabled_passes", tuple(self.disabled_passes))
         self._set("overrides", _frozen_overrides(self.overrides))
         if self.learned_rotations is not None:
+            from quarot_fx.learning.rotations import name_of  # which needs torch
+
             self._set("learned_rotations", name_of(self.learned_rotations))
         for name in ("w_bits", "a_bits", "k_bits", "v_bits"):
             check_bits(name, getattr(self, name))

@@ -25,6 +25,7 @@ from quarot_fx.cli.settings import (
     parse_learning_options,
     parse_options,
     parse_setting,
+    split_settings,
 )
 from quarot_fx.errors import NotFoundError, OptionError, UnknownOptionError
 from quarot_fx.progress import track
@@ -80,6 +81,19 @@ def test_gptq_and_options_of_one_setting():
     assert parse_gptq_options(["damping=0.1", "target=model"]) == {"damping": 0.1, "target": "model"}
 
 
+def test_a_budget_and_clip_ratios_of_one_setting():
+    text = "W4A8-gptq{bits_budget=4.5 bits_choices=(3,4) a_clip=output}"
+    assert split_settings(f"float,{text},KV4") == ["float", text, "KV4"]
+    setting = parse_setting(text)
+    assert setting.budget == {"bits_budget": 4.5, "bits_choices": (3, 4)}
+    assert setting.options["a_clip"] == "output"
+    assert [parse_setting(name).needs_calibration for name in ("float", "W4A8", "W4{bits_budget=5}")] == [
+        *(False, False, True)
+    ]
+    assert all(parse_setting(name).needs_calibration for name in ("KV4{v_clip=search}", "W4{w_clip=output}", "W4-gptq"))
+    assert parse_setting("W4", {"overrides": {"*.up": {"w_rounding": "gptq"}}}).needs_calibration
+
+
 def test_learned_rotations_of_one_setting():
     spelled_out, short = (
         parse_setting("W4A4KV4 with learned rotations with gptq"),
@@ -115,6 +129,10 @@ def test_mistakes_in_settings_are_typed():
         parse_gptq_options(["act_ordre=True"])
     with pytest.raises(OptionError, match="damping=-1"):
         parse_setting("W4-gptq{damping=-1}")
+    with pytest.raises(OptionError, match="bits_choices=4: goes with a bits_budget"):
+        parse_setting("W4-gptq{bits_choices=4}")
+    with pytest.raises(UnknownOptionError, match="Did you mean 'output'"):
+        parse_setting("W4{w_clip=outputs}")
     with pytest.raises(UnknownOptionError, match="unknown option 'act_order'"):
         parse_setting("W4{act_order=True}")
 
@@ -263,10 +281,23 @@ def test_eval_calibrates_on_a_text(tiny_folder, tmp_path):
     assert of_gptq["ratio"] == pytest.approx(1, abs=0.2)
 
 
+def test_eval_searches_clip_ratios_and_bits(tiny_folder, tmp_path):
+    names = "W4A4KV4{a_clip=output w_clip=output kv_clip=search},W4-gptq{bits_budget=5.5 bits_choices=(3,4,8)}"
+    shape = ("--windows", 2, "--window-length", 16, "--settings", f"float,{names}", "--json", tmp_path / "out.json")
+    assert "needs a text to calibrate on" in run("eval", tiny_folder, *shape, exit_code=1)
+    run("eval", tiny_folder, *shape, "--calibration", "pydoc", "--samples", 4)
+    _, clipped, budget = json.loads((tmp_path / "out.json").read_text())["results"]
+    assert all(one["error"] <= one["unclipped_error"] for one in (*clipped["inputs"], *clipped["caches"]))
+    assert clipped["options"]["k_clip"] == clipped["caches"][0]["clip"]
+    assert budget["bits_per_weight"] <= 5.5
+    assert {one["bits"] for one in budget["bits"]} <= {3, 4, 8}
+    assert len({options["w_bits"] for options in budget["options"]["overrides"].values()}) > 1
+
+
 def test_eval_learns_rotations_on_a_text(tiny_folder, tmp_path):
     settings, file = "W4A4,W4A4-learned-gptq{steps=2}", tmp_path / "out.json"
     shape = ("--windows", 2, "--window-length", 16, "--settings", settings)
-    message = "W4-learned needs a text to calibrate on"
+    message = "'W4-learned' needs a text to calibrate on"
     assert message in run("eval", tiny_folder, *shape[:-1], "W4-learned", exit_code=1)
     data = ("--calibration", "pydoc", "--samples", 5, "--learning", "batch=2", "--learning", "rate=0.2")
     run("eval", tiny_folder, *shape, *data, "--json", file)
@@ -277,9 +308,29 @@ def test_eval_learns_rotations_on_a_text(tiny_folder, tmp_path):
     assert learned["perplexity"] != random["perplexity"]
 
 
-def test_quantize_takes_a_folder_of_learned_rotations(tiny_folder, tmp_path):
-    message = "give a folder of rotations, -o learned_rotations=FOLDER"
-    assert message in run("quantize", tiny_folder, tmp_path / "out", "--setting", "W4A4-learned", exit_code=1)
+def test_learned_rotations_are_taken_from_a_folder(tiny_folder, tmp_path):
+    rotations, file = tmp_path / "rotations", tmp_path / "out.json"
+    data = ("--calibration", "pydoc", "--samples", 4, "--window-length", 16, "--learning", "steps=2")
+    output = run("learn", tiny_folder, rotations, *data, "-o", "a_group=16")
+    assert "learned-64-" in output
+    assert "nats a token, in 2 steps" in output
+    learned = quarot_fx.LearnedRotations.load(rotations)
+    assert len(learned) == 3
+    settings = f"W4A4{{a_group=16}},W4A4{{a_group=16 learned_rotations={rotations}}}"
+    run("eval", tiny_folder, "--windows", 1, "--window-length", 16, "--settings", settings, "--json", file)
+    random, other = json.loads(file.read_text())["results"]
+    assert random["perplexity"] != other["perplexity"]
+    assert other["options"]["learned_rotations"] == str(rotations)
+    run("quantize", tiny_folder, tmp_path / "model", "-o", f"learned_rotations={rotations}", "--dtype", "float32")
+    assert learned.name in (tmp_path / "model" / "model.safetensors.index.json").read_text()
+    assert "quantises nothing" in run("learn", tiny_folder, rotations, *data, "--setting", "float", exit_code=1)
+
+
+def test_quantize_learns_rotations_on_a_text(tiny_folder, tmp_path):
+    arguments = ("quantize", tiny_folder, tmp_path / "out", "--setting", "W4A4-learned{steps=2}", "--dtype", "float32")
+    assert "needs a text to calibrate on" in run(*arguments, exit_code=1)
+    assert "learned rotations" in run(*arguments, "--calibration", "pydoc", "--samples", 4, "--length", 16)
+    assert quarot_fx.load(tmp_path / "out", nested_backend="eager") is not None
 
 
 def test_eval_writes_what_it_knows_after_every_setting(tiny_folder, tmp_path, monkeypatch):
@@ -373,6 +424,19 @@ def test_quantize_writes_a_checkpoint_with_its_tokenizer(tiny_folder, tmp_path):
     assert loaded.dtype == torch.bfloat16
     assert loaded.config.quantization_config.quarot.w_bits == 8
     assert AutoTokenizer.from_pretrained(tmp_path / "quantized")("a").input_ids
+
+
+def test_quantize_calibrates(tiny_folder, tmp_path):
+    setting = "W4A8KV8-gptq{bits_budget=5.5 a_clip=output damping=0.1}"
+    arguments = ("quantize", tiny_folder, tmp_path / "quantized", "--setting", setting)
+    assert "needs a text to calibrate on" in run(*arguments, exit_code=1)
+    data = ("--calibration", "pydoc", "--samples", 4, "--length", 16, "--gptq", "act_order=True")
+    output = run(*arguments, *data, "--calibration-state", tmp_path / "state")
+    assert "bits of layers" in output
+    assert {path.suffix for path in (tmp_path / "state").iterdir()} == {".json", ".safetensors"}
+    config = quarot_fx.load(tmp_path / "quantized", nested_backend="eager").config.quantization_config.quarot
+    assert {config.for_parameter(f"model.layers.0.mlp.{name}_proj.weight").w_bits for name in ("up", "down")} <= {4, 8}
+    assert config.for_parameter("model.layers.0.mlp.up_proj.weight").a_clip != "output"
 
 
 @pytest.mark.parametrize("arguments", [("--setting", "float"), ("--dtype", "int8")])

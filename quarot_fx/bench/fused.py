@@ -13,6 +13,7 @@ from quarot_fx.bench.record import FusedTime
 from quarot_fx.bench.timing import copies, microseconds
 from quarot_fx.lowering.triton.append import append
 from quarot_fx.lowering.triton.append_dequantize import append_dequantize
+from quarot_fx.lowering.triton.append_pair import append_pair
 from quarot_fx.lowering.triton.norm_quantize import norm_quantize
 from quarot_fx.lowering.triton.quantize_activation import quantize_activation
 from quarot_fx.lowering.triton.rope_rotate import rope_rotate
@@ -56,27 +57,35 @@ def _kernels(width: int, rows: int) -> dict[str, tuple[Callable[[Tensor], Any], 
     angles = torch.rand(1, rows, HEAD, device="cuda", dtype=torch.bfloat16)
 
     rotation = f"hadamard-{HEAD}"
-    cache = (
-        torch.empty(1, heads, rows, HEAD // 2, device="cuda", dtype=torch.uint8),
-        torch.empty(1, heads, rows, 1, device="cuda"),
-        torch.empty(1, heads, rows, 1, device="cuda", dtype=torch.uint8),
+    cache, other = (
+        (
+            torch.empty(1, heads, rows, HEAD // 2, device="cuda", dtype=torch.uint8),
+            torch.empty(1, heads, rows, 1, device="cuda"),
+            torch.empty(1, heads, rows, 1, device="cuda", dtype=torch.uint8),
+        )
+        for _ in range(2)
     )
     position, stored = torch.arange(rows, device="cuda"), sum(tensor.nbytes for tensor in cache) / (rows * width)
 
-    def by_head(pair: Tensor) -> Tensor:
-        return pair[0].view(1, rows, heads, HEAD).transpose(1, 2)
+    def by_head(x: Tensor) -> Tensor:
+        return x.view(1, rows, heads, HEAD).transpose(1, 2)
 
     def rope(pair: Tensor) -> Tensor:
-        return rope_rotate(by_head(pair), angles, angles, rotation)
+        return rope_rotate(by_head(pair[0]), angles, angles, rotation)
 
     def keys(pair: Tensor) -> None:
-        append(*cache, by_head(pair), position, angles, angles, rotation, 4, None, 0.95)
+        append(*cache, by_head(pair[0]), position, angles, angles, rotation, 4, None, 0.95)
 
     def values(pair: Tensor) -> None:
-        append(*cache, by_head(pair), position, None, None, None, 4, None, 0.95)
+        append(*cache, by_head(pair[0]), position, None, None, None, 4, None, 0.95)
+
+    def keys_and_values(pair: Tensor) -> None:
+        k, v = by_head(pair[0]), by_head(pair[1])
+        of_both = (4, 4, None, None, 0.95, 0.95)
+        append_pair(*cache, *other, k, v, position, angles, angles, rotation, None, *of_both)
 
     def values_of_prompt(pair: Tensor) -> Tensor:
-        return append_dequantize(*cache, by_head(pair), position, None, None, None, 4, None, 0.95)
+        return append_dequantize(*cache, by_head(pair[0]), position, None, None, None, 4, None, 0.95)
 
     def across_heads(pair: Tensor) -> Any:
         return rotate_quantize(pair[0], None, "identity", f"hadamard-{heads}", HEAD, *SCHEME)
@@ -86,5 +95,6 @@ def _kernels(width: int, rows: int) -> dict[str, tuple[Callable[[Tensor], Any], 
         "RoPE, Hadamard": (rope, 4),
         "RoPE, Hadamard, quantise, append": (keys, 2 + stored),
         "quantise, append": (values, 2 + stored),
+        "both of these, of keys and values": (keys_and_values, 2 * (2 + stored)),
         "quantise, append, dequantise": (values_of_prompt, 4 + stored),
     }

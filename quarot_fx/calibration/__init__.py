@@ -1,5 +1,5 @@
 """Calibration: weights are rounded so that what their layers compute on real inputs changes least (GPTQ, Frantar et al.
-2022; QuaRot, section 4).
+2022; QuaRot, section 4); clip ratios and bits of layers are chosen likewise.
 
 ``calibrate``   the public function: from one weight to the next, in the order in which a model computes
 ``options``     of GPTQ
@@ -7,8 +7,11 @@
 ``stream``      runs a captured graph on all calibration sequences, as far as it is asked to
 ``products``    which rows of an input meet which matrix: one for all, or an expert's for each
 ``hessian``     what is to be known of these rows
-``gptq``        the rounding itself, a function of a matrix and a Hessian
+``gptq``        the rounding itself, a function of a matrix and a Hessian; ``nearest``, likewise
+``rounded``     what comes of either, and what it changes
+``weight_clips``, ``activation_clips``, ``cache_clips``  clip ratios that are searched for on the data
+``bits``        widths of layers within a budget: ``sensitivity`` measures them, and ``knapsack`` chooses
 ``calibrated``  where the codes wait for the graphs that are compiled
 ``state``       what an interrupted calibration goes on from
-``report``      what became of every weight
+``report``      what was found
 """

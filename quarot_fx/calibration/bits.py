@@ -140,14 +140,16 @@ def _units(rotated: Program, config: QuarotConfig, widths: Sequence[int]) -> lis
         quantized = (linear for linear in linear_likes(program.graph) if quantization_of(linear.weight) is not None)
         of_width[bits] = {linear.node.name: linear for linear in quantized}
     linears = next(iter(of_width.values()))
-    sharing = nx.Graph((("input", linear.x), ("weight", linear.parameter)) for linear in linears.values())
+    given = {name: None if _is_free(config, one.parameter) else _bits(one) for name, one in linears.items()}
+    inputs = {name: ("input", linear.x, given[name]) for name, linear in linears.items()}
     units = []
-    for members in nx.connected_components(sharing):
-        names = [name for name, linear in linears.items() if ("input", linear.x) in members]
+    for members in nx.connected_components(nx.Graph((inputs[name], one.parameter) for name, one in linears.items())):
+        names = [name for name in linears if inputs[name] in members]
         parameters = tuple(dict.fromkeys(linears[name].parameter for name in names))
-        is_free = any(_is_free(config, parameter) for parameter in parameters)
-        choices = list(of_width)[: None if is_free else 1]  # of layers that are not, all are alike
-        units.append(_Unit(parameters, {bits: [of_width[bits][name] for name in names] for bits in choices}))
+        own = given[names[0]]
+        choices = of_width if own is None else {own: linears}
+        layers = {bits: [of_this[name] for name in names] for bits, of_this in choices.items()}
+        units.append(_Unit(parameters, layers))
     return sorted(units, key=lambda unit: min(linear.x for linear in next(iter(unit.layers.values()))))
 
 
@@ -164,6 +166,12 @@ def _to_nearest(config: QuarotConfig, bits: int) -> QuarotConfig:
     overrides = {pattern: uncalibrated(dict(changes)) for pattern, changes in tuple(config.overrides)}
     clip = "search" if config.w_clip == "output" else config.w_clip
     return replace(config, w_bits=bits, w_rounding="nearest", w_clip=clip, overrides=overrides)
+
+
+def _bits(linear: LinearLike) -> int:
+    quantization = quantization_of(linear.weight)
+    assert quantization is not None
+    return int(quantization.args[1])
 
 
 def _is_free(config: QuarotConfig, parameter: str) -> bool:

@@ -1,15 +1,17 @@
 """The multiple-choice knapsack problem: one choice for each item, within a budget, with the least loss in all.
 
 Dynamic programming over the choices that may still win, exact. What the Lagrangian relaxation proves to be worse than
-the solution that it finds itself is dropped on the way (Dyer, Kayal and Walker 1984), which leaves few.
+the solution known is dropped on the way (Dyer, Kayal and Walker 1984), which leaves few.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import heapq
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 BISECTIONS = 60
+BEAM = 100
 ROUNDING = 1e-9  # relative: sums of losses differ by less
 
 
@@ -36,8 +38,28 @@ def choose(costs: Sequence[Sequence[int]], losses: Sequence[Sequence[float]], bu
     if sum(least) > budget:
         return None
     multiplier = _multiplier(costs, losses, budget)
+    best = _relaxed(costs, losses, multiplier)
+    known = _total(losses, best)
+    for most in (BEAM, None):  # a few partial choices find a better limit, with which all that may win are few
+        best = _best(costs, losses, budget, multiplier, known, most) or best
+        known = _total(losses, best)
+    return best
+
+
+def _best(
+    costs: Sequence[Sequence[int]],
+    losses: Sequence[Sequence[float]],
+    budget: int,
+    multiplier: float,
+    known: float,
+    most: int | None,
+) -> list[int]:
+    """Return the best choices that come of the ``most`` partial ones with the least bounds, or of all that may win.
+
+    May win what the relaxation at a multiplier does not prove to have more than a sum of losses that is known.
+    """
     chosen = _relaxed(costs, losses, multiplier)
-    known = sum(of_item[choice] for of_item, choice in zip(losses, chosen, strict=True))
+    least = [min(of_item) for of_item in costs]
     relaxed = [
         of_loss[choice] + multiplier * of_cost[choice]
         for of_cost, of_loss, choice in zip(costs, losses, chosen, strict=True)
@@ -47,21 +69,25 @@ def choose(costs: Sequence[Sequence[int]], losses: Sequence[Sequence[float]], bu
     partials = [_Partial(0, 0.0)]
     for item, (of_cost, of_loss) in enumerate(zip(costs, losses, strict=True)):
         rest, bound = rest - least[item], bound - relaxed[item]
-        longer = [
+        longer = (
             _Partial(one.cost + cost, one.loss + loss, choice, one)
             for one in partials
             for choice, (cost, loss) in enumerate(zip(of_cost, of_loss, strict=True))
-        ]
-        may_win = [
-            one for one in longer if one.cost + rest <= budget and one.loss + multiplier * one.cost + bound <= limit
-        ]
-        partials = _undominated(may_win)
-    best: _Partial | None = min(partials, key=lambda one: one.loss)
+            if one.cost + cost + rest <= budget and one.loss + loss + multiplier * (one.cost + cost) + bound <= limit
+        )
+        partials = _undominated(longer)
+        if most is not None and len(partials) > most:
+            partials = heapq.nsmallest(most, partials, key=lambda one: one.loss + multiplier * one.cost)
+    best: _Partial | None = min(partials, key=lambda one: one.loss, default=None)
     choices = []
     while best is not None and best.before is not None:
         choices.append(best.choice)
         best = best.before
     return choices[::-1]
+
+
+def _total(losses: Sequence[Sequence[float]], chosen: Sequence[int]) -> float:
+    return sum(of_item[choice] for of_item, choice in zip(losses, chosen, strict=True))
 
 
 def _relaxed(costs: Sequence[Sequence[int]], losses: Sequence[Sequence[float]], multiplier: float) -> list[int]:
@@ -89,7 +115,7 @@ def _multiplier(costs: Sequence[Sequence[int]], losses: Sequence[Sequence[float]
     return high
 
 
-def _undominated(partials: list[_Partial]) -> list[_Partial]:
+def _undominated(partials: Iterable[_Partial]) -> list[_Partial]:
     """Return those than which no cheaper one has as little loss."""
     kept: list[_Partial] = []
     for one in sorted(partials, key=lambda one: (one.cost, one.loss)):

@@ -1,4 +1,4 @@
-"""The command line: ``quarot-fx bench``, ``demo``, ``eval``, ``explain``, ``plot`` and ``quantize``.
+"""The command line: ``quarot-fx bench``, ``demo``, ``eval``, ``explain``, ``learn``, ``plot`` and ``quantize``.
 
 Commands import torch and transformers only when they run, so that ``quarot-fx --help`` answers at once.
 """
@@ -15,6 +15,7 @@ from quarot_fx.cli.bench import bench
 from quarot_fx.cli.demo import demo
 from quarot_fx.cli.eval import evaluate
 from quarot_fx.cli.explain import explain
+from quarot_fx.cli.learn import learn
 from quarot_fx.cli.plot import plot
 from quarot_fx.cli.quantize import quantize
 from quarot_fx.errors import QuarotError
@@ -43,5 +44,6 @@ app.command("bench")(bench)
 app.command("demo")(demo)
 app.command("eval")(evaluate)
 app.command("explain")(explain)
+app.command("learn")(learn)
 app.command("plot")(plot)
 app.command("quantize")(quantize)

@@ -25,7 +25,7 @@ class LearningOptions:
         loss: ``"divergence"``, that of Kullback and Leibler of the predictions from the float model's; or
             ``"cross-entropy"``, of the next token.
         weights: that the model is run with meanwhile: ``"float"``, as is best for weights that GPTQ rounds afterwards
-            (SpinQuant, section 4.3), or ``"nearest"``, rounded to nearest in every step.
+            (as SpinQuant found), or ``"nearest"``, rounded to nearest in every step.
         heads: also learn the rotations of values, one a layer. A cache that holds values as codes holds them rotated by
             a Hadamard, so that a model that runs with one is learned with ``heads=False``.
         seed: of the order of sequences. Where learning starts is decided by the ``seed`` of the backend's options.

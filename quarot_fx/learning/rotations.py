@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from quarot_fx.rotation import Rotation
-
-if TYPE_CHECKING:
+if TYPE_CHECKING:  # options name this module, and reading options loads no torch
     from rich.console import RenderableType
+
+    from quarot_fx.rotation import Rotation
 
 
 @dataclass(frozen=True)
@@ -101,11 +103,10 @@ class LearnedRotations:
         from rich.table import Table
 
         table = Table(title="learned rotations", title_justify="left")
-        for column in ("rotation", "absorbed by", "and others"):
-            table.add_column(column, justify="right" if column == "and others" else "left", overflow="fold")
-        for one in self:
-            first = one.absorbed_by[0].partition(" of ")[0]
-            table.add_row(str(one.rotation), first, str(len(one.absorbed_by) - 1))
+        for column in ("rotation", "count", "absorbed by", "and others"):
+            table.add_column(column, justify="right" if column in ("count", "and others") else "left", overflow="fold")
+        for (rotation, first, others), count in Counter(_row(one) for one in self).items():
+            table.add_row(rotation, str(count), first, others)
         parts: list[RenderableType] = [table]
         if self.losses:
             before, after = (sum(part) / len(part) for part in (self.losses[:AVERAGED], self.losses[-AVERAGED:]))
@@ -120,6 +121,12 @@ class LearnedRotations:
         with console.capture() as capture:
             console.print(self)
         return capture.get()
+
+
+def _row(one: LearnedRotation) -> tuple[str, str, str]:
+    """Return what is alike for all layers."""
+    first = re.sub(r"\b\d+\b", "*", one.absorbed_by[0].partition(" axis ")[0])
+    return f"learned-{one.rotation.order}-*", first, str(len(one.absorbed_by) - 1)
 
 
 AVERAGED = 10  # steps whose losses are averaged for the report: each has other data
