@@ -26,6 +26,11 @@ def nan_memory(size: int, device: torch.device) -> torch.Tensor:
     return memory
 
 
+def restore_nan_memory(device: torch.device) -> None:
+    """Undo what somebody wrote, which all callers would read."""
+    _MEMORY[device].fill_(_BYTE)
+
+
 def _mapped(size: int, device: torch.device) -> torch.Tensor:
     if device.type == "cuda" and torch.version.hip is None:
         try:

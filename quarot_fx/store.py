@@ -19,7 +19,7 @@ from torch.utils.weak import WeakIdRef, WeakTensorKeyDictionary
 
 from quarot_fx.errors import OriginalsFreedError
 from quarot_fx.graph import AUTHOR, PARAMETER, stored_tensor
-from quarot_fx.nan_memory import nan_memory
+from quarot_fx.nan_memory import nan_memory, restore_nan_memory
 
 
 @dataclass(frozen=True)
@@ -130,6 +130,7 @@ def check_not_updated_after_freeing(tensor: torch.Tensor) -> None:
     """Raise :class:`OriginalsFreedError` if somebody wrote to a weight whose content was released."""
     freed = _FREED.get(tensor)
     if freed is not None and freed.stamp != stamp(tensor):
+        restore_nan_memory(tensor.device)
         raise OriginalsFreedError(parameter=freed.name, how=freed.how, reason="it was updated in place")
 
 

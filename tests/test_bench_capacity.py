@@ -69,6 +69,7 @@ def test_bytes_of_a_token():
     assert token_bytes(llama, 4) == 32 * 2 * 8 * (64 + 4 + 1)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("small_gpu")
 @pytest.mark.parametrize("way", [pytest.param(way, id=way.backend) for way in ways({"kernels": "none"}, 4)])
 def test_the_largest_cache(way):

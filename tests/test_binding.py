@@ -205,6 +205,7 @@ def test_writing_to_a_freed_original_is_an_error():
     block.load_state_dict(Block().state_dict())
     with pytest.raises(OriginalsFreedError, match="updated in place"):
         function(torch.randn(2, 8))
+    assert block.up.weight.isnan().all(), "others share the memory that was written to"
 
 
 def test_a_freed_original_that_is_needed_in_another_form_is_an_error():

@@ -134,4 +134,4 @@ def test_a_setting_whose_cache_there_is_not_is_named(tmp_path):
     folder = save_tiny_model(tmp_path)
     shape = ("--windows", 1, "--window-length", 16, "--settings", "float,KV4", "-o", "kv_sym=True")
     assert "KV4: option kv_sym=True" in run("eval", folder, *shape, "--chunk", 8, exit_code=1)
-    assert "there is none" in run("eval", folder, "--tasks", "piqa", "--chunk", 8, exit_code=1)
+    assert "chunk=8: is about a text: name one" in run("eval", folder, "--tasks", "piqa", "--chunk", 8, exit_code=1)

@@ -130,7 +130,7 @@ def assert_logits_are_those_without_a_cache(model, kind, sizes=(PROMPT, 1), **op
 
 
 @pytest.mark.parametrize("kind", ["static", pytest.param("growing", marks=pytest.mark.slow)])
-@pytest.mark.parametrize("name", ["llama", "gemma3_text"])
+@pytest.mark.parametrize("name", ["llama", pytest.param("gemma3_text", marks=pytest.mark.slow)])
 def test_logits_of_a_prompt_in_chunks(name, kind):
     assert_logits_are_those_without_a_cache(build(BY_NAME[name]), kind, (PROMPT, CHUNK, 1))
 
@@ -197,7 +197,8 @@ def test_a_cache_of_16_bits_is_an_ordinary_one():
     assert {cache.by for cache in ours.caches} == {"simulation"}
 
 
-@pytest.mark.parametrize("nested", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("nested", ["aot_eager", "inductor"])
 def test_nested_backends(nested):
     model = double_model("llama")
     ids = random_token_ids(BATCH, LENGTH)

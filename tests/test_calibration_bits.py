@@ -10,7 +10,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_calibration import babyllama, decoder, divergence, ids  # noqa: F401  a fixture
+from test_calibration import decoder, divergence, ids, trained  # noqa: F401  a fixture
 from torch import nn
 
 import quarot_fx
@@ -65,8 +65,8 @@ def test_a_large_model_of_odd_sizes_is_solved():
 # -- a model -----------------------------------------------------------------------------------------
 
 
-def test_a_trained_model_predicts_better_than_with_as_many_bits_everywhere(babyllama):  # noqa: F811
-    model, tokens = babyllama
+def test_a_trained_model_predicts_better_than_with_as_many_bits_everywhere(trained):  # noqa: F811
+    model, tokens = trained
     rows = 32 / 128  # bits of the scales of most rows
     plain = {**NEAREST, **WEIGHTS_ONLY}
     found = quarot_fx.calibrate(model, tokens[:8], bits_budget=4 + rows, bits_choices=(2, 3, 4, 5, 6, 8), **plain)

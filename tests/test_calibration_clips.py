@@ -10,7 +10,7 @@ import torch
 from graphs import WIDTH, Lambda, fill, linear
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_calibration import EXPERTS, babyllama, decoder, divergence, experts, ids  # noqa: F401  a fixture
+from test_calibration import EXPERTS, decoder, divergence, experts, ids, trained  # noqa: F401  a fixture
 from test_calibration_gptq import SIZE, error, problem
 from torch import nn
 
@@ -115,16 +115,16 @@ def test_an_outlier_that_no_output_reads_is_clipped():
 # -- a model -----------------------------------------------------------------------------------------
 
 
-def test_a_trained_model_predicts_better(babyllama):  # noqa: F811
-    model, tokens = babyllama
+def test_a_trained_model_predicts_better(trained):  # noqa: F811
+    model, tokens = trained
     found = quarot_fx.calibrate(model, tokens[:16], **NEAREST, **SEARCHED)
     assert all(one.error <= one.unclipped_error for one in found.inputs)
     assert all(one.error <= one.unclipped_error for one in found.caches)
     assert divergence(model, tokens[16:], **found.options) < 0.9 * divergence(model, tokens[16:])
 
 
-def test_a_trained_model_predicts_better_by_gptq_of_few_bits(babyllama):  # noqa: F811
-    model, tokens = babyllama
+def test_a_trained_model_predicts_better_by_gptq_of_few_bits(trained):  # noqa: F811
+    model, tokens = trained
     options = {"w_bits": 3, "a_bits": 16, "kv_bits": 16}
     for_themselves, for_outputs = (
         quarot_fx.calibrate(model, tokens[:16], **options, w_clip=clip).options for clip in ("search", "output")

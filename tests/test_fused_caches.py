@@ -60,7 +60,7 @@ def test_what_stays_in_a_window_is_named():
 
 
 @pytest.mark.parametrize("kind", ["static", pytest.param("growing", marks=pytest.mark.slow)])
-@pytest.mark.parametrize("name", ["llama", "gemma3_text"])
+@pytest.mark.parametrize("name", ["llama", pytest.param("gemma3_text", marks=pytest.mark.slow)])
 def test_logits_stay_as_they_are(name, kind):
     model, ids = build(BY_NAME[name]), random_token_ids(BATCH, LENGTH)
     logits = []
