@@ -139,7 +139,7 @@ def _rope_rotate_slabs(
     sines = tl.where(column < HALF, -sines, sines)
     for index in tl.static_range(HEADS):
         head = first_head + index
-        mask = is_token & (head < heads)
+        mask = token < tl.where(head < heads, tokens, 0)
         head_at = x + batch.to(tl.int64) * stride_batch + head.to(tl.int64) * stride_head
         values = tl.load(head_at + token * stride_token + column, mask=mask, other=0)
         others = tl.load(head_at + token * stride_token + other, mask=mask, other=0)
