@@ -86,6 +86,7 @@ def test_the_largest_cache(way):
     assert found.peak_bytes == pytest.approx(found.weight_bytes + found.cache_bytes + WORKING, rel=0.01)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("small_gpu")
 def test_weights_are_those_of_all_layers():
     (*_, found) = measure_capacity("tiny", TINY, ways({}, 4)[1], 2, "cpu")

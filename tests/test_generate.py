@@ -65,7 +65,7 @@ def assert_generates_as_without_a_cache(graphs, name, kind="static", sequences=1
 
 
 @pytest.mark.parametrize("how", COMPILE.values(), ids=COMPILE)
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", ["llama", pytest.param("gemma3_text", marks=pytest.mark.slow)])
 def test_greedy(name, how, graphs):
     assert_generates_as_without_a_cache(graphs, name, how=how)
 
