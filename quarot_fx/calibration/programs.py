@@ -41,11 +41,13 @@ class Programs:
 
     def quantized_by(self, config: QuarotConfig, without: tuple[type[Pass], ...] = ()) -> Programs:
         """Return the model quantised in another way, ``without`` what some passes quantise."""
-        _, quantizing = split_at_quantization(build_pipeline(config.with_provisional_clips()))
-        quantized = run_pipeline(self.rotated, quantizing)
-        searched = dict(_searched_inputs(quantized.graph, config))
-        if without:
-            quantized = run_pipeline(self.rotated, [one for one in quantizing if not isinstance(one, without)])
+        provisional = config.with_provisional_clips()
+        _, quantizing = split_at_quantization(build_pipeline(provisional))
+        quantized = run_pipeline(self.rotated, [one for one in quantizing if not isinstance(one, without)])
+        searched: dict[str, QuantScheme] = {}
+        if provisional != config:  # some ratio is to be found: where inputs are quantised shows in the whole program
+            whole = run_pipeline(self.rotated, quantizing) if without else quantized
+            searched = dict(_searched_inputs(whole.graph, config))
         return replace(self, quantized=quantized, searched=searched)
 
     def inputs(self, program: Program) -> Mapping[fx.Node, Any]:
