@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from quarot_fx.errors import OptionError, UnknownOptionError
+from quarot_fx.option_checks import check_choice, check_flag, from_mapping
 
 if TYPE_CHECKING:
     from quarot_fx.learning.rotations import LearnedRotations
@@ -155,18 +156,15 @@ class QuarotConfig:
         for name in ("w_clip", "a_clip", "k_clip", "v_clip"):
             check_clip(name, getattr(self, name))
         for name in ("w_sym", "a_sym", "kv_sym", "check", "free_originals"):
-            _check_flag(name, getattr(self, name))
+            check_flag(name, getattr(self, name))
         if not isinstance(self.seed, int) or isinstance(self.seed, bool) or self.seed < 0:
             raise OptionError(name="seed", value=self.seed, reason="must be an integer, 0 or more")
-        if self.rotation not in ROTATIONS:
-            raise UnknownOptionError("rotation", str(self.rotation), ROTATIONS)
+        check_choice("rotation", self.rotation, ROTATIONS)
         if self.rotation == "none" and self.learned_rotations is not None:
             reason = "rotates with rotation='none', which is to rotate nothing"
             raise OptionError(name="learned_rotations", value=self.learned_rotations, reason=reason)
-        if self.kernels not in KERNELS:
-            raise UnknownOptionError("kernels", str(self.kernels), KERNELS)
-        if self.w_rounding not in ROUNDINGS:
-            raise UnknownOptionError("w_rounding", str(self.w_rounding), ROUNDINGS)
+        check_choice("kernels", self.kernels, KERNELS)
+        check_choice("w_rounding", self.w_rounding, ROUNDINGS)
 
     def _set(self, name: str, value: Any) -> None:
         object.__setattr__(self, name, value)
@@ -178,11 +176,7 @@ class QuarotConfig:
         Raises:
             UnknownOptionError: a name is not an option; the nearest one is suggested.
         """
-        known = {field.name for field in fields(cls)}
-        for name in options or {}:
-            if name not in known:
-                raise UnknownOptionError("option", str(name), known)
-        return cls(**(options or {}))
+        return from_mapping(cls, "option", options)
 
     def of_weights(self) -> QuarotConfig:
         """Return the config with the defaults for all options of the run: what constants depend on."""
@@ -316,8 +310,3 @@ def check_clip(name: str, clip: Any) -> None:
     if isinstance(clip, bool) or not isinstance(clip, int | float) or not 0 < clip <= 1:
         also = "".join(f', or "{search}"' for search in searches)
         raise OptionError(name=name, value=clip, reason=f"must be a ratio in (0, 1]{also}")
-
-
-def _check_flag(name: str, flag: Any) -> None:
-    if not isinstance(flag, bool):
-        raise OptionError(name=name, value=flag, reason="must be True or False")

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any
 
 from quarot_fx.cache.formats import Format, PlainFormat, QuantizedFormat
 from quarot_fx.config import UNQUANTIZED_BITS, QuarotConfig, check_bits, check_clip, check_group
-from quarot_fx.errors import OptionError, UnknownOptionError
+from quarot_fx.errors import OptionError
+from quarot_fx.option_checks import check_choice, from_mapping
 
 ROTATIONS = ("hadamard", "none")
 
@@ -50,8 +51,7 @@ class CacheOptions:
                 raise OptionError(name=name, value=clip, reason="must be a ratio in (0, 1]: calibration finds one")
             if clip is not None or name != "clip":
                 check_clip(name, clip)
-        if self.rotation not in ROTATIONS:
-            raise UnknownOptionError("rotation", str(self.rotation), ROTATIONS)
+        check_choice("rotation", self.rotation, ROTATIONS)
 
     @classmethod
     def from_mapping(cls, options: Mapping[str, Any]) -> CacheOptions:
@@ -60,11 +60,7 @@ class CacheOptions:
         Raises:
             UnknownOptionError: a name is not an option; the nearest one is suggested.
         """
-        known = {field.name for field in fields(cls)}
-        for name in options:
-            if name not in known:
-                raise UnknownOptionError("option of a cache", name, known)
-        return cls(**options)
+        return from_mapping(cls, "option of a cache", options)
 
     @classmethod
     def of_config(cls, config: QuarotConfig) -> CacheOptions:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any
 
-from quarot_fx.errors import OptionError, UnknownOptionError
+from quarot_fx.errors import OptionError
+from quarot_fx.option_checks import check_choice, check_flag, from_mapping
 
 GROUP_SCALES = ("dynamic", "static")
 TARGETS = ("layer", "model")
@@ -51,11 +52,9 @@ class GPTQOptions:
         for name in ("damping", "max_damping"):
             _check_damping(name, getattr(self, name))
         for name in ("act_order", "quantized_inputs"):
-            if not isinstance(getattr(self, name), bool):
-                raise OptionError(name=name, value=getattr(self, name), reason="must be True or False")
+            check_flag(name, getattr(self, name))
         for name, known in (("group_scales", GROUP_SCALES), ("target", TARGETS)):
-            if getattr(self, name) not in known:
-                raise UnknownOptionError(name, str(getattr(self, name)), known)
+            check_choice(name, getattr(self, name), known)
 
     @classmethod
     def from_options(cls, options: Mapping[str, Any] | None) -> GPTQOptions:
@@ -64,11 +63,7 @@ class GPTQOptions:
         Raises:
             UnknownOptionError: a name is not an option; the nearest one is suggested.
         """
-        known = {field.name for field in fields(cls)}
-        for name in options or {}:
-            if name not in known:
-                raise UnknownOptionError("option of GPTQ", str(name), known)
-        return cls(**(options or {}))
+        return from_mapping(cls, "option of GPTQ", options)
 
 
 def _check_damping(name: str, damping: Any) -> None:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any
 
-from quarot_fx.errors import OptionError, UnknownOptionError
+from quarot_fx.errors import OptionError
+from quarot_fx.option_checks import check_choice, check_flag, from_mapping
 
 LOSSES = ("divergence", "cross-entropy")
 WEIGHTS = ("float", "nearest")
@@ -57,11 +58,9 @@ class LearningOptions:
         if isinstance(self.rate, bool) or not isinstance(self.rate, int | float) or not 0 < self.rate <= 1:
             raise OptionError(name="rate", value=self.rate, reason="must be an angle in (0, 1] radians")
         for name in ("heads", "recompute"):
-            if not isinstance(getattr(self, name), bool):
-                raise OptionError(name=name, value=getattr(self, name), reason="must be True or False")
+            check_flag(name, getattr(self, name))
         for name, known in (("loss", LOSSES), ("weights", WEIGHTS)):
-            if getattr(self, name) not in known:
-                raise UnknownOptionError(name, str(getattr(self, name)), known)
+            check_choice(name, getattr(self, name), known)
 
     @classmethod
     def from_options(cls, options: Mapping[str, Any] | None) -> LearningOptions:
@@ -70,8 +69,4 @@ class LearningOptions:
         Raises:
             UnknownOptionError: a name is not an option; the nearest one is suggested.
         """
-        known = {field.name for field in fields(cls)}
-        for name in options or {}:
-            if name not in known:
-                raise UnknownOptionError("option of learning", str(name), known)
-        return cls(**(options or {}))
+        return from_mapping(cls, "option of learning", options)
