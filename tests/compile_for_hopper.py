@@ -92,8 +92,8 @@ def compile_one(activation: str | None, launch: dict[str, int], **kind: Any) -> 
         torch.Generator().manual_seed(0), 300, 528, 528, **kind
     )
     y = torch.empty(300, 528 if activation is None else 264, dtype=dtype)
-    operands = (scale, zero, sums, w_scale, w_zero, w_sum, bias)
-    module.int_matmul_hopper(codes, weight, operands, residual, y, activation, launch)
+    operands = (scale, zero, sums, w_scale, w_zero, w_sum, bias, residual)
+    module.int_matmul_hopper(codes, weight, operands, y, activation, launch)
     instructions = sass(module._int_matmul_hopper.binary.asm["cubin"])
     products = sum(instruction.startswith("IGMMA") for _, instruction in instructions)
     return {"products": products, "overwritten": overwritten(instructions)}

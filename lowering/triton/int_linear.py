@@ -57,14 +57,14 @@ def int_linear(
     kernel = "int_matmul_float8" if codes.dtype == torch.float8_e4m3fn else "int_matmul"
     if tokens <= MOST_GEMV_TOKENS and codes.dtype == torch.int8 and not grouped and size % 4 == 0:
         kernel = "int_gemv"
-    elif tokens >= FEWEST_TOKENS and fits(codes, scale, weight_scale, weight_bits, tail[-2], y):
+    elif tokens >= FEWEST_TOKENS and fits(codes, scale, weight_scale, weight_bits, y):
         kernel = "int_matmul_hopper"
     if launch is None:
         launch = tiles.nearest(kernel, codes.device, tokens=tokens, rows=rows, columns=size)
     if kernel == "int_gemv":
         _launch_gemv(codes, weight, tail, weight_bits, activation, dict(launch))
     elif "STAGES" in launch:
-        int_matmul_hopper(codes, weight, tail[:-2], *tail[-2:], activation, dict(launch))
+        int_matmul_hopper(codes, weight, tail[:-1], y, activation, dict(launch))
     else:
         _launch_matmul(codes, weight, tail, weight_bits, activation, dict(launch))
     return y

@@ -101,13 +101,6 @@ def _keep_until_here(codes):
 
 
 @gluon.jit
-def _wait_until_stored():
-    """Wait until the memory that the last tile is stored from may be written again."""
-    tma.store_wait(0)
-    gl.thread_barrier()
-
-
-@gluon.jit
 def _multiply(
     low_ring,
     high_ring,
@@ -115,7 +108,6 @@ def _multiply(
     full,
     empty,
     results,
-    residual_loaded,
     x_scale,
     x_zero,
     x_sum,
@@ -148,15 +140,11 @@ def _multiply(
     # Unpacked codes were multiplied by 16. It is taken back, exactly, by the scale if nothing comes before.
     HAS_ZEROS: gl.constexpr = w_zero is not None or x_zero is not None
     UNIT: gl.constexpr = 1 if HAS_ZEROS else 16
-    result, loaded = results.index(GROUP), residual_loaded.index(GROUP)
-    stage, phase, residual_phase = 0, 0, 0
+    result = results.index(GROUP)
+    stage, phase = 0, 0
     for tile in range(gl.program_id(0), token_tiles * row_tiles, gl.num_programs(0)):
         token, row = _place(tile, token_tiles, row_tiles, RASTER)
         token, part = token * TOKENS, row * GROUPS + GROUP
-        if residual is not None:  # is added to the result where that is then stored from
-            _wait_until_stored()
-            mbarrier.expect(loaded, TOKENS * RESULTS * (y.dtype.primitive_bitwidth // 8))
-            tma.async_copy_global_to_shared(residual, [token, part * RESULTS], loaded, result)
         product = gl.zeros([ROWS, TOKENS], gl.int32, PRODUCT)
         for step in range(gl.cdiv(WIDTH, BLOCK_K)):
             mbarrier.wait(full.index(stage), phase)
@@ -183,7 +171,7 @@ def _multiply(
             w_zero,
             w_sum,
             bias,
-            None,
+            residual,
             M,
             N,
             y.dtype,
@@ -195,12 +183,8 @@ def _multiply(
             0,
             ACTIVATION,
         )
-        if residual is None:
-            _wait_until_stored()
-        else:
-            mbarrier.wait(loaded, residual_phase)
-            residual_phase ^= 1
-            value += result.permute((1, 0)).load(PRODUCT).to(gl.float32)
+        tma.store_wait(0)  # for the last tile: its memory is wanted
+        gl.thread_barrier()
         result.store(value.to(y.dtype).permute((1, 0)))
         fence_async_shared()
         tma.async_copy_shared_to_global(y, [token, part * RESULTS], result)
@@ -230,7 +214,7 @@ def _int_matmul_hopper(
     STAGES: gl.constexpr,
     EARLY: gl.constexpr,
 ):
-    """Multiply in tiles of the blocks of ``x`` and ``w``, which are descriptors, as ``y`` and ``residual`` are."""
+    """Multiply in tiles of the blocks of ``x`` and ``w``, which are descriptors, as ``y`` is."""
     TOKENS: gl.constexpr = x.block_shape[0]
     ROWS: gl.constexpr = w.block_shape[0]
     BLOCK_K: gl.constexpr = w.block_shape[1]
@@ -241,12 +225,9 @@ def _int_matmul_hopper(
     results = gl.allocate_shared_memory(y.dtype, [GROUPS, y.block_shape[0], y.block_shape[1]], y.layout)
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    residual_loaded = gl.allocate_shared_memory(gl.int64, [GROUPS, 1], mbarrier.MBarrierLayout())
     for stage in gl.static_range(STAGES):
         mbarrier.init(full.index(stage), count=1)
         mbarrier.init(empty.index(stage), count=GROUPS)
-    for group in gl.static_range(GROUPS):
-        mbarrier.init(residual_loaded.index(group), count=1)
     fence_async_shared()
     wait_for_inputs(EARLY)
     let_dependents_start(EARLY)
@@ -255,7 +236,7 @@ def _int_matmul_hopper(
             (
                 _multiply,
                 (
-                    low_ring, high_ring, w_ring, full, empty, results, residual_loaded,
+                    low_ring, high_ring, w_ring, full, empty, results,
                     x_scale, x_zero, x_sum, w_scale, w_zero, w_sum, bias, residual, y,
                     M, N, token_tiles, row_tiles, SIZE, WIDTH, IMPLIED_ZERO, ACTIVATION, RASTER, 0,
                 ),
@@ -263,7 +244,7 @@ def _int_matmul_hopper(
             (
                 _multiply,
                 (
-                    low_ring, high_ring, w_ring, full, empty, results, residual_loaded,
+                    low_ring, high_ring, w_ring, full, empty, results,
                     x_scale, x_zero, x_sum, w_scale, w_zero, w_sum, bias, residual, y,
                     M, N, token_tiles, row_tiles, SIZE, WIDTH, IMPLIED_ZERO, ACTIVATION, RASTER, 1,
                 ),
@@ -275,29 +256,23 @@ def _int_matmul_hopper(
     )  # fmt: skip
 
 
-def fits(
-    codes: Tensor, scale: Tensor, weight_scale: Tensor, weight_bits: int, residual: Tensor | None, y: Tensor
-) -> bool:
+def fits(codes: Tensor, scale: Tensor, weight_scale: Tensor, weight_bits: int, y: Tensor) -> bool:
     """Return whether the kernel can make y of these operands of ``quarot::int_linear`` or ``gated_int_linear``."""
     if not describe(codes.device).has_wgmma or codes.dtype != torch.int8 or weight_bits != 4:
         return False
     is_grouped = scale.shape[-1] > 1 or weight_scale.shape[-1] > 1
-    row_bytes = (codes.shape[-1], y.shape[-1] * y.itemsize)
-    if is_grouped or any(size % ALIGNMENT for size in row_bytes):
-        return False
-    return residual is None or (residual.dtype == y.dtype and residual.data_ptr() % ALIGNMENT == 0)
+    return not is_grouped and not any(size % ALIGNMENT for size in (codes.shape[-1], y.shape[-1] * y.itemsize))
 
 
 def int_matmul_hopper(
     codes: Tensor,
     weight: Tensor,
     operands: tuple[Tensor | None, ...],
-    residual: Tensor | None,
     y: Tensor,
     activation: str | None,
     launch: dict[str, Any],
 ) -> None:
-    """Multiply what ``fits``; ``operands`` are the kernel's from ``x_scale`` to ``bias``.
+    """Multiply what ``fits``; ``operands`` are the kernel's from ``x_scale`` to ``residual``.
 
     ``launch`` gives the tile BLOCK_N x BLOCK_M x BLOCK_K of both groups together, RASTER, and at most how many STAGES.
     """
@@ -310,7 +285,6 @@ def int_matmul_hopper(
         _described(codes.view(tokens, size), [block_m, block_k]),
         _described(weight, [block_n // GROUPS.value, block_k]),
         *operands,
-        None if residual is None else _described(residual.view(tokens, results), result_block),
         _described(y.view(tokens, results), result_block),
         tokens,
         rows,
