@@ -1,4 +1,4 @@
-"""The kernel for many tokens on Hopper: it compiles anywhere, and is compared with the reference where there is one."""
+"""The kernel for many tokens on Hopper: on such a GPU, or compiled for one, and its warps as threads of Python."""
 
 from __future__ import annotations
 
@@ -17,6 +17,8 @@ from quarot_fx.ops.int_linear import random_arguments
 
 pytest.importorskip("triton", reason="kernels need Triton, which is there for Linux only")
 
+from threads_for_hopper import run_in_threads
+
 from quarot_fx.lowering.triton.device import Device
 from quarot_fx.lowering.triton.gated_int_linear import gated_int_linear
 from quarot_fx.lowering.triton.int_linear import int_linear
@@ -27,9 +29,7 @@ LAUNCH = {"BLOCK_N": 256, "BLOCK_M": 128, "BLOCK_K": 64, "RASTER": 8, "STAGES": 
 SMALL = {"BLOCK_N": 128, "BLOCK_M": 64, "BLOCK_K": 64, "RASTER": 2, "STAGES": 3}
 WIDE = {"BLOCK_N": 128, "BLOCK_M": 256, "BLOCK_K": 64, "RASTER": 2, "STAGES": 4}
 DEEP = {"BLOCK_N": 256, "BLOCK_M": 128, "BLOCK_K": 128, "RASTER": 8, "STAGES": 2}
-needs_hopper = pytest.mark.skipif(
-    not torch.cuda.is_available() or torch.cuda.get_device_capability()[0] != 9, reason="wgmma is Hopper's"
-)
+IS_HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability()[0] == 9
 
 
 # -- compiled for sm_90 ----------------------------------------------------------------------------
@@ -63,11 +63,20 @@ def test_no_register_is_written_while_a_product_reads_it(
     assert not found["overwritten"]
 
 
-# -- on a GPU ----------------------------------------------------------------------------------------
+# -- on a GPU, or in threads -----------------------------------------------------------------------
 
 
-def on_gpu(args: tuple[Any, ...]) -> list[Any]:
-    return [arg.cuda() if isinstance(arg, torch.Tensor) else arg for arg in args]
+@pytest.fixture
+def device(monkeypatch: pytest.MonkeyPatch) -> str:
+    """Return where the kernel runs."""
+    if IS_HOPPER:
+        return "cuda"
+    run_in_threads(monkeypatch)
+    return "cpu"
+
+
+def on(device: str, args: tuple[Any, ...]) -> list[Any]:
+    return [arg.to(device) if isinstance(arg, torch.Tensor) else arg for arg in args]
 
 
 def check_agrees(name: str, actual: torch.Tensor, args: list[Any]) -> None:
@@ -76,31 +85,31 @@ def check_agrees(name: str, actual: torch.Tensor, args: list[Any]) -> None:
     torch.testing.assert_close(actual, expected, rtol=0, atol=limit)
 
 
-@needs_hopper
 @pytest.mark.parametrize("launch", [LAUNCH, SMALL, WIDE, DEEP])
 @pytest.mark.parametrize(("tokens", "rows", "n"), [(1, 40, 256), (300, 1040, 528), (257, 200, 4112), (1000, 272, 512)])
-def test_sums_are_exact(tokens: int, rows: int, n: int, launch: dict[str, int]) -> None:
+def test_sums_are_exact(tokens: int, rows: int, n: int, launch: dict[str, int], device: str) -> None:
     generator = torch.Generator().manual_seed(tokens)
     codes = torch.randint(-8, 8, (tokens, n), dtype=torch.int8, generator=generator)
     weight = torch.randint(-8, 8, (rows, n), dtype=torch.int8, generator=generator)
     codes[:2], weight[:3] = -8, -8  # the largest products
     packed, sums = DECLARATIONS["pack_weight"].reference(weight, 4), codes.sum(-1, keepdim=True, dtype=torch.int32)
     weights = (packed, torch.ones(rows, 1), None, None, 4, None, None, torch.float32)
-    args = on_gpu((codes, torch.ones(tokens, 1), None, sums, *weights))
+    args = on(device, (codes, torch.ones(tokens, 1), None, sums, *weights))
     assert torch.equal(int_linear(*args, launch=launch).cpu().double(), codes.double() @ weight.double().mT)
 
 
-@needs_hopper
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("symmetric", [True, False])
 @pytest.mark.parametrize("weight_symmetric", [True, False])
-def test_everything_that_an_epilogue_does(symmetric: bool, weight_symmetric: bool, dtype: torch.dtype) -> None:
+def test_everything_that_an_epilogue_does(
+    symmetric: bool, weight_symmetric: bool, dtype: torch.dtype, device: str
+) -> None:
     kind = {"symmetric": symmetric, "weight_symmetric": weight_symmetric, "dtype": dtype}
     generator = torch.Generator().manual_seed(0)
-    args = on_gpu(random_arguments(generator, 300, 1040, 528, bias=True, residual=True, **kind))
+    args = on(device, random_arguments(generator, 300, 1040, 528, bias=True, residual=True, **kind))
     check_agrees("int_linear", int_linear(*args, launch=LAUNCH), args)
-    *operands, _, dtype = on_gpu(random_arguments(generator, 300, 1056, 528, bias=True, **kind))
-    for activation in ("silu", "gelu", "sigmoid"):
+    *operands, _, dtype = on(device, random_arguments(generator, 300, 1056, 528, bias=True, **kind))
+    for activation in ("silu", "gelu", "relu_squared", "sigmoid"):
         gated = [*operands, dtype, activation]
         check_agrees("gated_int_linear", gated_int_linear(*gated, launch=LAUNCH), gated)
 
