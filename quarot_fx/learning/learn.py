@@ -19,8 +19,9 @@ from quarot_fx.learning.cayley import CayleyAdam
 from quarot_fx.learning.losses import cross_entropy, divergence
 from quarot_fx.learning.network import Network
 from quarot_fx.learning.options import LearningOptions
+from quarot_fx.learning.precision import fast_products
 from quarot_fx.learning.rotations import LearnedRotation, LearnedRotations
-from quarot_fx.learning.training import batches, cut, fast_products, gradients_of, network_of
+from quarot_fx.learning.training import batches, cut, gradients_of, network_of
 from quarot_fx.passes.quantize_embeddings import QuantizeEmbeddings
 from quarot_fx.passes.quantize_weights import QuantizeWeights
 from quarot_fx.progress import track

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 
 import torch
 from torch import Tensor, fx
@@ -73,14 +72,3 @@ def gradients_of(loss: Tensor, leaves: Sequence[Tensor]) -> list[Tensor]:
     except NotImplementedError as error:
         remedy = "Quantise it without learning anything."
         raise LearningError(reason=f"an operator has no gradient: {error}", remedy=remedy) from error
-
-
-@contextmanager
-def fast_products() -> Iterator[None]:
-    """Let float32 be multiplied as TF32 on a GPU: a gradient that rounding makes noisy needs no more."""
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("high")
-    try:
-        yield
-    finally:
-        torch.set_float32_matmul_precision(before)

@@ -15,8 +15,9 @@ from quarot_fx.calibration.programs import capture_programs, device_of
 from quarot_fx.config import QuarotConfig
 from quarot_fx.errors import CalibrationDataError, NothingToTuneError
 from quarot_fx.learning.options import TuningOptions
+from quarot_fx.learning.precision import fast_products
 from quarot_fx.learning.scaled import ScaledModel, Scales
-from quarot_fx.learning.training import batches, cut, fast_products, gradients_of
+from quarot_fx.learning.training import batches, cut, gradients_of
 from quarot_fx.learning.tuned import TunedScales
 from quarot_fx.passes.quantized import check_clip_is_known
 from quarot_fx.progress import track
