@@ -63,7 +63,7 @@ def measure_capacity(name: str, shape: DecoderShape, way: Way, sequences: int, d
     blank = MemoryUse(name, way.backend, way.cache_bits, sequences, FIRST)
     a_token = token_bytes(shape, way.cache_bits) * sequences
     with torch.no_grad():
-        with forgotten():  # libraries take their workspaces at a first call, and keep them: no weights of what is measured
+        with forgotten():  # libraries take workspaces at a first call and keep them: no weights of a model
             _FewLayers(shape, FEW_LAYERS, UNCOMPILED, device).step(blank)
         with forgotten():
             few = _FewLayers(shape, FEW_LAYERS, way, device).step(blank).weight_bytes
