@@ -1,6 +1,6 @@
 """How long GPTQ takes on a GPU, and with how much memory: models of well-known shapes with random weights and tokens.
 
-A decoder layer takes what three of them take longer than one, by two. The rest is of embedding, capture and output head.
+A decoder layer takes what three of them take longer than one, by two. The rest is of embedding, capture and head.
 """
 
 from __future__ import annotations
