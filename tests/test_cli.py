@@ -290,7 +290,7 @@ def test_eval_calibrates_on_a_text(tiny_folder, tmp_path):
     data = ("--calibration", "pydoc", "--samples", 5, "--gptq", "damping=0.1")
     run("eval", tiny_folder, *shape, *data, "--json", file)
     record = json.loads(file.read_text())
-    assert record["calibration"] == {"text": "pydoc", "samples": 5}
+    assert record["calibration"] == {"text": "pydoc", "samples": 5, "learning_samples": 5}
     of_float, of_gptq = record["results"]
     assert "gptq" not in of_float
     assert (of_gptq["gptq"]["act_order"], of_gptq["gptq"]["damping"]) == (True, 0.1)
@@ -323,6 +323,10 @@ def test_eval_learns_rotations_on_a_text(tiny_folder, tmp_path):
     assert (learned["learning"]["steps"], learned["learning"]["batch"]) == (2, 2)
     assert len(learned["losses"]) == 2
     assert learned["perplexity"] != random["perplexity"]
+    run("eval", tiny_folder, *shape, *data, "--learning-samples", 2, "--json", file)
+    record = json.loads(file.read_text())
+    assert record["calibration"] == {"text": "pydoc", "samples": 5, "learning_samples": 2}
+    assert record["results"][1]["losses"] != learned["losses"]
 
 
 def test_eval_tunes_scales_on_a_text(tiny_folder, tmp_path):

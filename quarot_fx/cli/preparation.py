@@ -48,6 +48,7 @@ def prepare(
     model: nn.Module,
     setting: Setting,
     token_ids: Tensor,
+    learning_ids: Tensor,
     gptq: Mapping[str, Any],
     learning: Mapping[str, Any],
     tuning: Mapping[str, Any],
@@ -59,7 +60,8 @@ def prepare(
     Args:
         model: in evaluation mode.
         setting: that needs calibration.
-        token_ids: [n, length].
+        token_ids: [n, length], that weights and clip ratios are calibrated on.
+        learning_ids: likewise, that rotations are learned and scales tuned on.
         gptq: options of GPTQ, which those of the setting overrule.
         learning: options of learning, likewise.
         tuning: options of tuning, likewise.
@@ -71,7 +73,7 @@ def prepare(
     learned = report = tuned = None
     if setting.learning is not None:
         how = quarot_fx.LearningOptions.from_options({**learning, **setting.learning})
-        learned = quarot_fx.learn_rotations(model, token_ids, learning=how, **(setting.options or {}))
+        learned = quarot_fx.learn_rotations(model, learning_ids, learning=how, **(setting.options or {}))
         setting = replace(setting, options={**(setting.options or {}), "learned_rotations": learned})
     if setting.budget or QuarotConfig.from_options(setting.options).needs_calibration:
         rounds = quarot_fx.GPTQOptions.from_options({**gptq, **(setting.gptq or {})})
@@ -80,6 +82,6 @@ def prepare(
         setting = replace(setting, options=report.options)
     if setting.tuning is not None:
         steps = quarot_fx.TuningOptions.from_options({**tuning, **setting.tuning})
-        tuned = quarot_fx.tune_scales(model, token_ids, tuning=steps, **(setting.options or {}))
+        tuned = quarot_fx.tune_scales(model, learning_ids, tuning=steps, **(setting.options or {}))
         setting = replace(setting, options=tuned.options)
     return Prepared(setting, learned, report, tuned)

@@ -13,6 +13,7 @@ from quarot_fx.cli.calibration import (
     CalibrationText,
     GPTQAssignments,
     LearningAssignments,
+    LearningSamples,
     TuningAssignments,
     check_calibration_text,
 )
@@ -34,6 +35,7 @@ def quantize(
     option: OptionAssignments = None,
     calibration: CalibrationText = None,
     samples: CalibrationSamples = 128,
+    learning_samples: LearningSamples = None,
     length: Annotated[int, typer.Option(min=2, help="Tokens in a calibration window.")] = 2048,
     gptq: GPTQAssignments = None,
     learning: LearningAssignments = None,
@@ -66,10 +68,10 @@ def quantize(
     network, tokenizer = load_model(model, device)
     network = network.to(getattr(torch, dtype))
     if calibration is not None and chosen.needs_calibration:
-        seed = chosen.options.get("seed", 0)
-        token_ids = calibration_tokens(calibration, tokenizer, samples, length, seed)
+        seed, counts = chosen.options.get("seed", 0), (samples, learning_samples or samples)
+        token_ids, learning_ids = (calibration_tokens(calibration, tokenizer, count, length, seed) for count in counts)
         prepared = prepare(
-            network, chosen, token_ids, gptq_options, learning_options, tuning_options, calibration_state
+            network, chosen, token_ids, learning_ids, gptq_options, learning_options, tuning_options, calibration_state
         )
         chosen = prepared.setting
         for report in (prepared.learned, prepared.calibration, prepared.tuned):
