@@ -46,12 +46,13 @@ class TunedScales:
         from rich.console import Group
         from rich.table import Table
 
-        table = Table(title="divergence from the float model, nats a token", title_justify="left")
-        for column in ("steps", "held out", ""):
+        table = Table()
+        for column in ("steps", "divergence held out", ""):
             table.add_column(column, justify="right")
         for steps, loss in self.held_out.items():
             table.add_row(str(steps), f"{loss:.4f}", "kept" if steps == self.kept else "")
-        return Group(table, f"{self.scales:,} scales of {self.weights} weights tuned, {self.seconds:.1f} s")
+        count = f"{self.scales:,} scales of {self.weights} weights tuned, {self.seconds:.1f} s"
+        return Group("tuned scales: divergence from the float model's predictions, nats a token", table, count)
 
     def __str__(self) -> str:
         from rich.console import Console
