@@ -140,7 +140,6 @@ def language(program: int, programs: int) -> SimpleNamespace:
         program_id=lambda axis: program,
         num_programs=lambda axis: programs,
         warp_specialize=at_once,
-        thread_barrier=lambda: None,
         static_range=range,
         cdiv=lambda a, b: -(-a // b),
         where=lambda condition, a, b: a if condition else b,
@@ -199,15 +198,13 @@ class Kernel:
             arrive=lambda barrier, count: barrier.change(count),
             expect=lambda barrier, nbytes: barrier.change(1, nbytes),
         )
-        copies = SimpleNamespace(
-            async_copy_global_to_shared=copy_in,
-            async_copy_shared_to_global=copy_out,
-            store_wait=lambda count: None,
-        )
         names |= {
             "finished": shared["finished"],
             "mbarrier": barriers,
-            "tma": copies,
+            "tma": SimpleNamespace(store_wait=lambda count: None),
+            "copy_in": copy_in,
+            "copy_out": copy_out,
+            "wait_for_threads": lambda: None,
             "warpgroup_mma": multiply,
             "warpgroup_mma_wait": lambda count, deps: deps[0],
             "low_codes_times_16": lambda packed: ((packed << 4) ^ 0x80).view(torch.int8),

@@ -39,6 +39,10 @@ MOST_COLUMNS = gl.constexpr(128)  # of an instruction
 FEWEST_TOKENS = 256  # for which it was measured: few tiles leave multiprocessors idle
 ALIGNMENT = 16  # bytes, of what TMA copies
 BARRIERS = 1024  # bytes of shared memory, at most, alignment included
+# Names that Triton 3.7 and 3.9 have changed:
+wait_for_threads = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier
+copy_in = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared
+copy_out = tma.async_store if hasattr(tma, "async_store") else tma.async_copy_shared_to_global
 
 
 @gluon.jit
@@ -88,9 +92,9 @@ def _load(
             mbarrier.expect(loaded, (GROUPS * ROWS + 2 * TOKENS) * BLOCK_K)
             for group in gl.static_range(GROUPS):
                 rows = w_ring.index(stage * GROUPS + group)
-                tma.async_copy_global_to_shared(w, [row + group * ROWS, step * BLOCK_K], loaded, rows)
-            tma.async_copy_global_to_shared(x, [token, k], loaded, low_ring.index(stage))
-            tma.async_copy_global_to_shared(x, [token, k + BLOCK_BYTES], loaded, high_ring.index(stage))
+                copy_in(w, [row + group * ROWS, step * BLOCK_K], loaded, rows)
+            copy_in(x, [token, k], loaded, low_ring.index(stage))
+            copy_in(x, [token, k + BLOCK_BYTES], loaded, high_ring.index(stage))
             stage, phase = _next(stage, phase, STAGES)
 
 
@@ -184,10 +188,10 @@ def _multiply(
             ACTIVATION,
         )
         tma.store_wait(0)  # for the last tile: its memory is wanted
-        gl.thread_barrier()
+        wait_for_threads()
         result.store(value.to(y.dtype).permute((1, 0)))
         fence_async_shared()
-        tma.async_copy_shared_to_global(y, [token, part * RESULTS], result)
+        copy_out(y, [token, part * RESULTS], result)
     tma.store_wait(0)
 
 
