@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from quarot_fx.calibration.descent import descend
 from quarot_fx.calibration.hessian import Hessian, damped, inverse_factor, upper_factor
 from quarot_fx.calibration.options import GPTQOptions
 from quarot_fx.calibration.rounded import Rounded, output_squares
@@ -49,9 +50,7 @@ def gptq_round(
         weight = torch.where(dead, 0, weight)
     matrix.diagonal().masked_fill_(dead, 1)
     order = matrix.diagonal().argsort(descending=True, stable=True) if options.act_order else None
-    if order is not None:
-        matrix = matrix[order][:, order]
-    factor, damping = _factor(matrix, hessian.rows, options, name)
+    factor, damping = _factor(matrix if order is None else matrix[order][:, order], hessian.rows, options, name)
     if hessian.shifts is not None:
         weight = _towards_target(weight, hessian.shifts, factor, order)
     inverse = inverse_factor(factor).to(weight.dtype)
@@ -59,6 +58,10 @@ def gptq_round(
         codes, scale, zero = _round_at_best_clips(weight, inverse, scheme, options, order, hessian.matrix)
     else:
         codes, scale, zero = _round_columns(weight, inverse, scheme, options, order)
+    if hessian.rows:
+        codes, scale = descend(
+            weight, damped(matrix, damping), codes, scale, zero, scheme.bits, options.sweeps, options.block_size
+        )
     nearest = encode(weight, scale, zero, scheme.bits)
     changes = (weight - decode(one, scale, zero, weight.dtype) for one in (codes, nearest))
     sums = [output_squares(one, hessian.matrix) for one in (weight, *changes)]

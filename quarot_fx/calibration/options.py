@@ -24,6 +24,10 @@ class GPTQOptions:
         max_damping: damping is multiplied by 10, up to this, where a Hessian needs more of it; ``None`` makes that an
             error.
         act_order: columns whose inputs are largest are rounded first.
+        sweeps: how often, after GPTQ, each code and then each scale becomes the best one beside all others; 0 is GPTQ
+            as published.
+        robust: rows of an input that are much larger than the median weigh less in its Hessian. The first token of a
+            sequence may be thousands of times larger than all others, and a Hessian knows of no other then.
         group_scales: of groups, where ``w_group`` asks for these: ``"dynamic"``, found when the first column of the
             group is reached, from weights that make up for the errors of all blocks before; or ``"static"``, from the
             weight as it was.
@@ -42,6 +46,8 @@ class GPTQOptions:
     damping: float = 0.01
     max_damping: float | None = None
     act_order: bool = False
+    sweeps: int = 4
+    robust: bool = False
     group_scales: str = "dynamic"
     quantized_inputs: bool = False
     target: str = "layer"
@@ -49,9 +55,11 @@ class GPTQOptions:
     def __post_init__(self) -> None:
         if not isinstance(self.block_size, int) or isinstance(self.block_size, bool) or self.block_size < 1:
             raise OptionError(name="block_size", value=self.block_size, reason="must be a positive integer")
+        if not isinstance(self.sweeps, int) or isinstance(self.sweeps, bool) or self.sweeps < 0:
+            raise OptionError(name="sweeps", value=self.sweeps, reason="must be an integer, 0 or more")
         for name in ("damping", "max_damping"):
             _check_damping(name, getattr(self, name))
-        for name in ("act_order", "quantized_inputs"):
+        for name in ("act_order", "robust", "quantized_inputs"):
             check_flag(name, getattr(self, name))
         for name, known in (("group_scales", GROUP_SCALES), ("target", TARGETS)):
             check_choice(name, getattr(self, name), known)
