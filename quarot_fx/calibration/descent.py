@@ -27,7 +27,7 @@ def descend(
 
     Args:
         weight: [rows, n], float32 or float64: the dtype that all is computed in.
-        hessian: H, [n, n], with a positive diagonal.
+        hessian: H, [n, n], with a positive diagonal, in the same dtype.
         codes: int8 [rows, n], or uint8 where there are zero points.
         scale: bfloat16 [rows, groups].
         zero: uint8 [rows, groups], which stay as they are; ``None`` if codes are symmetric.
@@ -35,7 +35,6 @@ def descend(
         sweeps: how often all codes and then all scales are gone through.
         block_size: columns whose changes are passed on to all others at once. Changes speed only.
     """
-    hessian = hessian.to(weight.dtype)
     products = hessian @ (weight - decode(codes, scale, zero, weight.dtype)).T  # H e^T, kept up to date: [n, rows]
     columns, scales = codes.T.to(weight.dtype), scale.T.to(weight.dtype)
     zeros = torch.zeros_like(scales) if zero is None else zero.T.to(weight.dtype)

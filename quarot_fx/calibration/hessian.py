@@ -15,15 +15,13 @@ class Hessian:
         size: elements of a row.
         device: where the matrix is kept.
         with_target: also keep ``D = 2/n sum (y - x) x^T``, for the rows y that the inputs should have been.
-        robust: weigh each row by ``m / (m + |x|^2)``, m being the median of ``|x|^2`` of the rows that come together.
 
     Attributes:
         rows: n.
     """
 
-    def __init__(self, size: int, device: torch.device, with_target: bool = False, robust: bool = False) -> None:
+    def __init__(self, size: int, device: torch.device, with_target: bool = False) -> None:
         self.rows = 0
-        self._robust = robust
         self._moments = torch.zeros(size, size, dtype=torch.float64, device=device)
         self._shifts = torch.zeros_like(self._moments) if with_target else None
 
@@ -31,10 +29,9 @@ class Hessian:
         """Take rows x [n, size] into account and, where that is kept, the rows [n, size] that they should have been."""
         x = x.to(torch.promote_types(x.dtype, torch.float32))
         self.rows += len(x)
-        weighted = x * _robust_weights(x) if self._robust and len(x) else x
-        self._moments += weighted.T @ x
+        self._moments += x.T @ x
         if self._shifts is not None and target is not None:
-            self._shifts += (target.to(x.dtype) - x).T @ weighted
+            self._shifts += (target.to(x.dtype) - x).T @ x
 
     @property
     def matrix(self) -> Tensor:
@@ -45,13 +42,6 @@ class Hessian:
     def shifts(self) -> Tensor | None:
         """D, float64 [size, size], if it is kept."""
         return None if self._shifts is None else self._shifts * (2 / max(self.rows, 1))
-
-
-def _robust_weights(x: Tensor) -> Tensor:
-    """Return the weight [n, 1] of each row [n, size]."""
-    squares = x.square().sum(-1, keepdim=True)
-    median = squares.median()
-    return torch.where(median > 0, median / (median + squares), 1)
 
 
 def damped(matrix: Tensor, damping: float) -> Tensor:

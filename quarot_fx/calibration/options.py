@@ -1,4 +1,4 @@
-"""The options of GPTQ, as one frozen dataclass. Defaults are the papers' settings."""
+"""The options of GPTQ, as one frozen dataclass. With ``act_order=False, sweeps=0`` it is QuaRot's."""
 
 from __future__ import annotations
 
@@ -24,10 +24,8 @@ class GPTQOptions:
         max_damping: damping is multiplied by 10, up to this, where a Hessian needs more of it; ``None`` makes that an
             error.
         act_order: columns whose inputs are largest are rounded first.
-        sweeps: how often, after GPTQ, each code and then each scale becomes the best one beside all others; 0 is GPTQ
+        sweeps: how often each code, and then each scale, is made the best one beside all others after that; 0 is GPTQ
             as published.
-        robust: rows of an input that are much larger than the median weigh less in its Hessian. The first token of a
-            sequence may be thousands of times larger than all others, and a Hessian knows of no other then.
         group_scales: of groups, where ``w_group`` asks for these: ``"dynamic"``, found when the first column of the
             group is reached, from weights that make up for the errors of all blocks before; or ``"static"``, from the
             weight as it was.
@@ -45,9 +43,8 @@ class GPTQOptions:
     block_size: int = 128
     damping: float = 0.01
     max_damping: float | None = None
-    act_order: bool = False
+    act_order: bool = True
     sweeps: int = 4
-    robust: bool = False
     group_scales: str = "dynamic"
     quantized_inputs: bool = False
     target: str = "layer"
@@ -59,7 +56,7 @@ class GPTQOptions:
             raise OptionError(name="sweeps", value=self.sweeps, reason="must be an integer, 0 or more")
         for name in ("damping", "max_damping"):
             _check_damping(name, getattr(self, name))
-        for name in ("act_order", "robust", "quantized_inputs"):
+        for name in ("act_order", "quantized_inputs"):
             check_flag(name, getattr(self, name))
         for name, known in (("group_scales", GROUP_SCALES), ("target", TARGETS)):
             check_choice(name, getattr(self, name), known)

@@ -44,7 +44,7 @@ def round_weights(
     records = []
     for matrix in range(len(weights[0])):
         size = weights[0].shape[-1]
-        hessian = Hessian(size, weights[0].device, inputs.has_target(group), options.robust)
+        hessian = Hessian(size, weights[0].device, inputs.has_target(group))
         for rows, target in inputs.rows(group, matrix):
             hessian.add(rows, target)
         for (rounding, scheme), members in alike.items():
