@@ -18,6 +18,8 @@ from quarot_fx.cli.calibration import (
     CalibrationText,
     GPTQAssignments,
     LearningAssignments,
+    LearningSamples,
+    TuningAssignments,
     check_calibration_text,
 )
 from quarot_fx.cli.settings import (
@@ -28,6 +30,7 @@ from quarot_fx.cli.settings import (
     parse_learning_options,
     parse_options,
     parse_setting,
+    parse_tuning_options,
     split_settings,
 )
 from quarot_fx.errors import NotFoundError, OptionError, QuarotError
@@ -62,8 +65,10 @@ def evaluate(
     option: OptionAssignments = None,
     calibration: CalibrationText = None,
     samples: CalibrationSamples = 128,
+    learning_samples: LearningSamples = None,
     gptq: GPTQAssignments = None,
     learning: LearningAssignments = None,
+    tuning: TuningAssignments = None,
     nested_backend: Annotated[str, typer.Option(help="What compiles the rewritten graph.")] = "eager",
     device: Annotated[str, typer.Option(help="cpu, cuda, ...")] = "cpu",
     json_file: Annotated[
@@ -74,6 +79,7 @@ def evaluate(
     """Measure perplexity, needles in a text, and zero-shot tasks under each setting, next to the float model's."""
     options = parse_options(option or ())
     gptq_options, learning_options = parse_gptq_options(gptq or ()), parse_learning_options(learning or ())
+    tuning_options = parse_tuning_options(tuning or ())
     chosen = _settings(settings, settings_file, options)
     if tasks is None and (include_path is not None or limit is not None):
         raise OptionError(name="tasks", value=None, reason="--include-path and --limit are about tasks: name some")
@@ -109,16 +115,19 @@ def evaluate(
         token_ids = split_windows(content, tokenizer, window_length, windows or most_windows(text)).to(device)
         of_text = TextWindows(text, fingerprint(content), token_ids)
 
-    calibration_ids = None
+    calibration_ids = learning_ids = None
     if calibration is not None:
-        calibration_ids = calibration_tokens(calibration, tokenizer, samples, window_length, options.get("seed", 0))
+        seed, counts = options.get("seed", 0), (samples, learning_samples or samples)
+        calibration_ids, learning_ids = (
+            calibration_tokens(calibration, tokenizer, count, window_length, seed) for count in counts
+        )
 
     measured = [one for one in (of_text, hidden, harness) if one is not None]
     about: dict[str, Any] = {"command": shlex.join(["quarot-fx", *sys.argv[1:]]), "model": model}
     for one in measured:
         about |= one.about
     if calibration is not None:
-        about["calibration"] = {"text": calibration, "samples": samples}
+        about["calibration"] = {"text": calibration, "samples": samples, "learning_samples": counts[1]}
     packages = () if harness is None else ("lm-eval", "datasets")
     about |= {"nested_backend": nested_backend, **describe_environment(device, others=packages)}
     results = Results(f"{model}: {'; '.join(one.title for one in measured)}", about)
@@ -126,8 +135,10 @@ def evaluate(
         setting = chosen_setting
         row: dict[str, Any] = {"setting": setting.name, "options": setting.options}
         try:
-            if setting.needs_calibration and calibration_ids is not None:
-                prepared = prepare(network, setting, calibration_ids, gptq_options, learning_options)
+            if setting.needs_calibration and calibration_ids is not None and learning_ids is not None:
+                prepared = prepare(
+                    network, setting, calibration_ids, learning_ids, gptq_options, learning_options, tuning_options
+                )
                 setting = prepared.setting
                 row |= prepared.results()
             runnable = compile_model(network, setting, nested_backend)
