@@ -86,7 +86,7 @@ class TuningOptions:
         OptionError: a value is out of range.
     """
 
-    steps: int = 200
+    steps: int = 100
     batch: int = 4
     length: int | None = None
     rate: float = 0.002
