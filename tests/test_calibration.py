@@ -303,8 +303,8 @@ def test_the_state_of_another_calibration_is_refused(tmp_path):
     quarot_fx.calibrate(decoder(), ids(), state=tmp_path)
     with pytest.raises(CalibrationStateError, match=r"begun with w_bits=4, not 3. Give an empty folder"):
         quarot_fx.calibrate(decoder(), ids(), state=tmp_path, w_bits=3)
-    with pytest.raises(CalibrationStateError, match=r"begun with act_order=False, not True"):
-        quarot_fx.calibrate(decoder(), ids(), state=tmp_path, gptq={"act_order": True})
+    with pytest.raises(CalibrationStateError, match=r"begun with act_order=True, not False"):
+        quarot_fx.calibrate(decoder(), ids(), state=tmp_path, gptq={"act_order": False})
     with pytest.raises(CalibrationStateError, match=r"begun with tokens="):
         quarot_fx.calibrate(decoder(), ids(seed=1), state=tmp_path)
     with pytest.raises(CalibrationStateError, match=r"step 0, .*block.query.weight.*, was about other weights"):
