@@ -17,6 +17,30 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
+class CalibrationWindows:
+    """What settings are calibrated on, and how.
+
+    Attributes:
+        name: of the text.
+        samples: windows that were drawn from it.
+        token_ids: int64 [samples, length].
+        gptq: options of GPTQ.
+        learning: options of learning rotations.
+    """
+
+    name: str
+    samples: int
+    token_ids: Tensor
+    gptq: Mapping[str, Any]
+    learning: Mapping[str, Any]
+
+    @property
+    def about(self) -> dict[str, Any]:
+        """What settings are calibrated on, for JSON."""
+        return {"calibration": {"text": self.name, "samples": self.samples}}
+
+
+@dataclass(frozen=True)
 class Prepared:
     """A setting with the options that were found, and reports of how."""
 

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
+from quarot_fx.calibration.options import GPTQOptions
 from quarot_fx.cli.calibration import (
     CalibrationSamples,
     CalibrationText,
@@ -15,14 +16,9 @@ from quarot_fx.cli.calibration import (
     LearningAssignments,
     check_calibration_text,
 )
-from quarot_fx.cli.settings import (
-    OptionAssignments,
-    parse_gptq_options,
-    parse_learning_options,
-    parse_options,
-    parse_setting,
-)
+from quarot_fx.cli.settings import OptionAssignments, parse_options, parse_setting
 from quarot_fx.errors import OptionError
+from quarot_fx.learning.options import LearningOptions
 
 
 def quantize(
@@ -43,8 +39,8 @@ def quantize(
     max_shard_size: Annotated[str, typer.Option(help="Of a file.")] = "2GB",
 ) -> None:
     """Quantise a model, and write what `quarot_fx.load` and `from_pretrained` read, with its tokenizer."""
-    chosen = parse_setting(setting, parse_options(option or ()))
-    gptq_options, learning_options = parse_gptq_options(gptq or ()), parse_learning_options(learning or ())
+    chosen = parse_setting(setting, parse_options(option))
+    gptq_options, learning_options = parse_options(gptq, GPTQOptions), parse_options(learning, LearningOptions)
     if chosen.options is None:
         raise OptionError(name="setting", value=setting, reason="rewrites nothing; did you mean 'rotated'?")
     if dtype not in ("float32", "bfloat16", "float16"):
