@@ -8,11 +8,14 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from models import byte_tokenizer, save_tiny_model
+from models import byte_tokenizer, save_tiny_model, smollm2
 from test_cli import run
 
+from quarot_fx.cache.options import CacheOptions
+from quarot_fx.cli.chunks import InChunks
 from quarot_fx.cli.needles import WORDS, Needles, parse_lengths
 from quarot_fx.errors import OptionError
+from quarot_fx.text import read_text
 
 TEXT = "Nothing is to be found here. " * 40
 
@@ -92,3 +95,33 @@ def test_eval_looks_for_needles(tmp_path):
         assert all(one["word"] in WORDS and one["found"] == (one["lead"] > 0) for one in row["needles"])
         assert "perplexity" not in row
     assert [row["cache"]["k_bits"] for row in record["results"]] == [16, 4]
+
+
+def leads(length, depths, **options):
+    """By how many nats SmolLM2, with a cache, finds each hidden word likelier than all others."""
+    model, tokenizer = smollm2()
+    reader = InChunks(model, model, CacheOptions(**options), 1024, room=length)
+    rows = needles(tokenizer, read_text("pydoc"), (length,), depths).measure(reader, "")["needles"]
+    return torch.tensor([one["lead"] for one in rows])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("length", [512, 2048])
+def test_smollm2_finds_with_4_bits_what_it_finds_with_16(length):
+    """All of ten words, by leads of several nats, which 4 bits hardly change. By chance it would find one."""
+    plain, few = leads(length, 10, kv_bits=16), leads(length, 10)
+    assert plain.min() > 4
+    assert few.min() > 4
+    assert (few - plain).abs().max() < 2
+
+
+@pytest.mark.slow
+def test_smollm2_loses_words_with_2_bits():
+    """What the test above asks is not what any cache gives."""
+    assert (leads(512, 10, kv_bits=2) > 0).sum() <= 6
+
+
+@pytest.mark.slow
+def test_smollm2_finds_nothing_that_is_not_there(monkeypatch):
+    monkeypatch.setattr("quarot_fx.cli.needles.NEEDLE", "\n\nThe secret word of {name} is hidden.\n\n")
+    assert (leads(512, 10, kv_bits=16) > 0).sum() <= 3
