@@ -18,6 +18,8 @@ from quarot_fx.cli.calibration import (
     CalibrationText,
     GPTQAssignments,
     LearningAssignments,
+    LearningSamples,
+    TuningAssignments,
     check_calibration_text,
 )
 from quarot_fx.cli.settings import (
@@ -29,7 +31,7 @@ from quarot_fx.cli.settings import (
     split_settings,
 )
 from quarot_fx.errors import NotFoundError, OptionError
-from quarot_fx.learning.options import LearningOptions
+from quarot_fx.learning.options import LearningOptions, TuningOptions
 
 if TYPE_CHECKING:
     from quarot_fx.cli.results import Results
@@ -66,8 +68,10 @@ def evaluate(
     option: OptionAssignments = None,
     calibration: CalibrationText = None,
     samples: CalibrationSamples = 128,
+    learning_samples: LearningSamples = None,
     gptq: GPTQAssignments = None,
     learning: LearningAssignments = None,
+    tuning: TuningAssignments = None,
     nested_backend: Annotated[str, typer.Option(help="What compiles the rewritten graph.")] = "eager",
     device: Annotated[str, typer.Option(help="cpu, cuda, ...")] = "cpu",
     json_file: Annotated[
@@ -78,6 +82,7 @@ def evaluate(
     """Measure perplexity, needles in a text, and zero-shot tasks under each setting, next to the float model's."""
     options = parse_options(option)
     gptq_options, learning_options = parse_options(gptq, GPTQOptions), parse_options(learning, LearningOptions)
+    tuning_options = parse_options(tuning, TuningOptions)
     chosen = _settings(settings, settings_file, options)
     if text is None and (tasks is None or needles is not None):
         text = DEFAULT_TEXT
@@ -85,7 +90,6 @@ def evaluate(
     for setting in chosen:
         check_calibration_text(calibration, setting)
 
-    from quarot_fx.calibration.data import calibration_tokens
     from quarot_fx.cli.environment import describe_environment
     from quarot_fx.cli.evaluation import Evaluation
     from quarot_fx.cli.models import load_model
@@ -108,8 +112,9 @@ def evaluate(
         read = TextWindows.of_text(text, content, tokenizer, window_length, windows, batch, device)
     calibrated_on = None
     if calibration is not None:
-        drawn = calibration_tokens(calibration, tokenizer, samples, window_length, options.get("seed", 0))
-        calibrated_on = CalibrationWindows(calibration, samples, drawn, gptq_options, learning_options)
+        counts, seed = (samples, learning_samples or samples), options.get("seed", 0)
+        how = (gptq_options, learning_options, tuning_options)
+        calibrated_on = CalibrationWindows.of_text(calibration, tokenizer, *counts, window_length, seed, *how)
     evaluation = Evaluation(network, tokenizer, read, asked, chunk, calibrated_on, nested_backend)
 
     about = {"command": shlex.join(["quarot-fx", *sys.argv[1:]]), "model": model, **evaluation.about}

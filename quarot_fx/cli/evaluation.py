@@ -70,8 +70,7 @@ class Evaluation:
 
     def _parts(self, setting: Setting) -> Iterator[dict[str, Any]]:
         if setting.needs_calibration and self.calibration is not None:
-            known = self.calibration
-            prepared = prepare(self.network, setting, known.token_ids, known.gptq, known.learning)
+            prepared = prepare(self.network, setting, self.calibration)
             setting = prepared.setting
             yield prepared.results()
         runnable = compile_model(self.network, setting, self.nested_backend)

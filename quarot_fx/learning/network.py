@@ -1,4 +1,4 @@
-"""A rotated program as a differentiable function of its rotations, quantised or not.
+"""A program as a differentiable function of its rotations, or of any of its constants, quantised or not.
 
 Graphs are run by what ops declare as their references, so that gradients reach a rotation through every weight that
 absorbs it and every activation that is quantised after it. No module is hooked, and no layer known by its name.
@@ -12,9 +12,11 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, fx
+from torch.utils._pytree import tree_map_only
 from torch.utils.checkpoint import checkpoint
 
 from quarot_fx.graph import Constants, stored_tensor
+from quarot_fx.learning.precision import is_fast
 from quarot_fx.learning.segments import segments
 from quarot_fx.learning.straight_through import pass_through, quantize_straight_through
 from quarot_fx.ops.declaration import declaration_of
@@ -23,12 +25,14 @@ from quarot_fx.passes.rotate import BASIS
 from quarot_fx.rotation import Rotation
 
 quarot = torch.ops.quarot
+SDPA = torch.ops.aten.scaled_dot_product_attention.default
 
 Values = dict[fx.Node, Any]
+NO_MATRICES: Mapping[int, Tensor] = {}
 
 
-class RotatedNetwork:
-    """A program, run with other matrices in the place of some rotations.
+class Network:
+    """A program, run with other matrices in the place of some rotations, or other values in the place of constants.
 
     Args:
         graph: rotated, with activations, caches and perhaps weights quantised; ``rotate`` says of its nodes to which
@@ -46,17 +50,20 @@ class RotatedNetwork:
         self._segments = segments(nodes, self._sources, [result]) if recompute else [nodes]
         self._passed = self._read_later()
 
-    def __call__(self, matrices: Mapping[int, Tensor], varying: Mapping[fx.Node, Any], quantized: bool = True) -> Any:
+    def __call__(
+        self, varying: Mapping[fx.Node, Any], matrices: Mapping[int, Tensor] = NO_MATRICES, quantized: bool = True
+    ) -> Any:
         """Return the value of the result.
 
         Args:
+            varying: values of the other placeholders, and of constants that are to have others than their own.
             matrices: of bases, by number, [order, order] each; all other rotations stay as they are.
-            varying: values of the other placeholders.
             quantized: round what the graph rounds; else compute what the float model does.
         """
-        values: Values = {**self._inputs, **varying}
+        given: Values = {**self._inputs, **varying}
+        values: Values = {}
         for nodes, passed in zip(self._segments, self._passed, strict=True):
-            run = partial(self._run_segment, nodes, passed, values, matrices, quantized)
+            run = partial(self._run_segment, nodes, passed, {**given, **values}, matrices, quantized)
             again = self._recompute and torch.is_grad_enabled()
             values = checkpoint(run, use_reentrant=False, preserve_rng_state=False) if again else run()
         return values[self._result]
@@ -121,13 +128,23 @@ class RotatedNetwork:
             return stored_tensor(node).detach()
         if (rounded := _rounded(node)) is not None:
             return _requantized(node, values[rounded]) if quantized else values[rounded]
-        args, kwargs = fx.map_arg((node.args, node.kwargs), values.__getitem__)
+        args, kwargs = cast(tuple[Any, Any], fx.map_arg((node.args, node.kwargs), values.__getitem__))
         if node.meta.get(BASIS) in matrices:
-            x, rotation, dim, inner, inverse = cast(tuple[Any, ...], args)
+            x, rotation, dim, inner, inverse = args
             return Rotation.parse(rotation).apply(x, dim, inner, inverse, matrix=matrices[node.meta[BASIS]])
         declaration = declaration_of(node.target)  # its reference has a gradient, the registered op has none
-        function = node.target if declaration is None else declaration.reference
-        return function(*args, **kwargs)  # type: ignore[operator]
+        function: Any = node.target if declaration is None else declaration.reference
+        if function is SDPA and args[0].is_cuda and is_fast():
+            return attend_in_bfloat16(args, kwargs)
+        return function(*args, **kwargs)
+
+
+def attend_in_bfloat16(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
+    """Return ``scaled_dot_product_attention`` of float32, from products of bfloat16, which GPUs have far faster kernels
+    for: there are none for TF32.
+    """
+    half = tree_map_only(Tensor, lambda one: one.bfloat16() if one.dtype == torch.float32 else one, (args, kwargs))
+    return cast(Tensor, SDPA(*half[0], **half[1])).to(args[0].dtype)
 
 
 def _rounded(node: fx.Node) -> fx.Node | None:
