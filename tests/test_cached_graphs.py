@@ -8,7 +8,7 @@ from collections import Counter
 import pytest
 import torch
 from architectures import ARCHITECTURES, LAYERS, compile_model
-from caches import SimulatedCache, double_model, in_double, logits_in_chunks, make
+from caches import SimulatedCache, double_model, logits_in_chunks, make
 from models import random_token_ids
 from plans import readers_of_online_transforms
 from tiny_decoders import build as build_tiny
@@ -173,7 +173,8 @@ def test_logits_of_latent_attention():
     and values; a cache holds what comes between.
     """
     decoder = build_tiny("deepseek_v3")
-    model, ids = in_double(decoder.model), decoder.inputs["input_ids"]
+    model, ids = decoder.model.double(), decoder.inputs["input_ids"]
+    model.set_experts_implementation("batched_mm")
     sizes = ids.shape[1] - 1, 1
     logits = logits_in_chunks(compile_model(model), make("static", model, ROOM), ids, *sizes)
     torch._dynamo.reset()
