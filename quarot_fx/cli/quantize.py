@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
+from quarot_fx.calibration.options import GPTQOptions
 from quarot_fx.cli.calibration import (
     CalibrationSamples,
     CalibrationText,
@@ -17,15 +18,9 @@ from quarot_fx.cli.calibration import (
     TuningAssignments,
     check_calibration_text,
 )
-from quarot_fx.cli.settings import (
-    OptionAssignments,
-    parse_gptq_options,
-    parse_learning_options,
-    parse_options,
-    parse_setting,
-    parse_tuning_options,
-)
+from quarot_fx.cli.settings import OptionAssignments, parse_options, parse_setting
 from quarot_fx.errors import OptionError
+from quarot_fx.learning.options import LearningOptions, TuningOptions
 
 
 def quantize(
@@ -48,9 +43,9 @@ def quantize(
     max_shard_size: Annotated[str, typer.Option(help="Of a file.")] = "2GB",
 ) -> None:
     """Quantise a model, and write what `quarot_fx.load` and `from_pretrained` read, with its tokenizer."""
-    chosen = parse_setting(setting, parse_options(option or ()))
-    gptq_options, learning_options = parse_gptq_options(gptq or ()), parse_learning_options(learning or ())
-    tuning_options = parse_tuning_options(tuning or ())
+    chosen = parse_setting(setting, parse_options(option))
+    gptq_options, learning_options = parse_options(gptq, GPTQOptions), parse_options(learning, LearningOptions)
+    tuning_options = parse_options(tuning, TuningOptions)
     if chosen.options is None:
         raise OptionError(name="setting", value=setting, reason="rewrites nothing; did you mean 'rotated'?")
     if dtype not in ("float32", "bfloat16", "float16"):
@@ -61,18 +56,16 @@ def quantize(
     import torch
 
     import quarot_fx
-    from quarot_fx.calibration.data import calibration_tokens
     from quarot_fx.cli.models import load_model
-    from quarot_fx.cli.preparation import prepare
+    from quarot_fx.cli.preparation import CalibrationWindows, prepare
 
     network, tokenizer = load_model(model, device)
     network = network.to(getattr(torch, dtype))
     if calibration is not None and chosen.needs_calibration:
-        seed, counts = chosen.options.get("seed", 0), (samples, learning_samples or samples)
-        token_ids, learning_ids = (calibration_tokens(calibration, tokenizer, count, length, seed) for count in counts)
-        prepared = prepare(
-            network, chosen, token_ids, learning_ids, gptq_options, learning_options, tuning_options, calibration_state
-        )
+        counts, seed = (samples, learning_samples or samples), chosen.options.get("seed", 0)
+        how = (gptq_options, learning_options, tuning_options)
+        calibrated_on = CalibrationWindows.of_text(calibration, tokenizer, *counts, length, seed, *how)
+        prepared = prepare(network, chosen, calibrated_on, calibration_state)
         chosen = prepared.setting
         for report in (prepared.learned, prepared.calibration, prepared.tuned):
             if report is not None:
