@@ -166,6 +166,7 @@ def test_latent_attention():
     assert max(one.difference for one in report.passes if one.name in ("place-rotations", "rotate")) < 1e-9
 
 
+@pytest.mark.slow
 def test_logits_of_latent_attention():
     """They are those of a plain cache of what keys and values are made of, rounded: weights are the same with both.
 

@@ -297,6 +297,7 @@ def test_eval_calibrates_on_a_text(tiny_folder, tmp_path):
     assert of_gptq["ratio"] == pytest.approx(1, abs=0.2)
 
 
+@pytest.mark.slow
 def test_eval_searches_clip_ratios_and_bits(tiny_folder, tmp_path):
     names = "W4A4KV4{a_clip=output w_clip=output kv_clip=search},W4-gptq{bits_budget=5.5 bits_choices=(3,4,8)}"
     shape = ("--windows", 2, "--window-length", 16, "--settings", f"float,{names}", "--json", tmp_path / "out.json")

@@ -108,7 +108,8 @@ def test_assisted_by_the_prompt(graphs):
     assert counts[0] == counts[1]
 
 
-@pytest.mark.parametrize("seed", [1, pytest.param(0, marks=pytest.mark.slow)], ids=["of other weights", "its twin"])
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", [1, 0], ids=["of other weights", "its twin"])
 def test_assisted_by_a_compiled_model(seed, graphs):
     """A draft model with a cache of its own, compiled too: what it proposes changes no token."""
     ids = random_token_ids(1, PROMPT)

@@ -86,11 +86,11 @@ def test_the_loss_falls(babyllama):
 
 
 def test_a_trained_model_predicts_better_than_with_random_rotations(babyllama):
-    """On sequences that nothing was learned on, with weights in float, rounded to nearest and by GPTQ."""
+    """On sequences that nothing was learned on, with weights in float, as while it was learned, and rounded by GPTQ."""
     model, tokens, learned = babyllama
     test, known = tokens[40:], {"learned_rotations": learned}
     assert divergence(model, test, w_bits=16, **known) < 0.95 * divergence(model, test, w_bits=16)
-    assert perplexity(model, test, **known) < perplexity(model, test)
+    assert perplexity(model, test, w_bits=16, **known) < 0.98 * perplexity(model, test, w_bits=16)
     gptq = {"w_rounding": "gptq"}
     for options in ({}, known):
         quarot_fx.calibrate(model, tokens[:16], **options)

@@ -38,7 +38,7 @@ def test_rotation_alone_changes_nothing(perplexity):
 
 def test_four_bits_need_the_rotation(perplexity):
     assert perplexity("W4A4KV4") / perplexity("float") < 10
-    assert perplexity("W4A4KV4-norot") / perplexity("float") > 100
+    assert perplexity("W4A4KV4-norot{w_clip=1.0}") / perplexity("float") > 100  # no search, which takes its time
 
 
 @pytest.mark.slow

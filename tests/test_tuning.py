@@ -54,7 +54,7 @@ def codes_and_scales(model, tokens, **options):
 # -- what it is for ------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("rounding", ["nearest", "gptq"])
+@pytest.mark.parametrize("rounding", ["nearest", pytest.param("gptq", marks=pytest.mark.slow)])
 def test_the_loss_falls_on_what_it_is_tuned_on(babyllama, rounding):  # noqa: F811
     model, tokens, _ = babyllama
     if rounding == "gptq":
