@@ -155,7 +155,7 @@ def _round(
         clip_factor: of clip ratios that are searched for; one, or [rows, 1].
     """
     codes, scale, zero = _round_columns(weight, inputs, scheme, options, clip_factor)
-    if inputs.damped is not None:
+    if options.sweeps and inputs.damped is not None:
         how = (scheme.bits, options.sweeps, options.block_size)
         codes, scale = descend(weight, inputs.damped, codes, scale, zero, *how)
     return codes, scale, zero

@@ -58,7 +58,8 @@ class CalibrationWindows:
             MissingExtraError: a dataset was asked for and ``datasets`` is not installed.
         """
         draw = partial(calibration_tokens, name, tokenizer, length=length, seed=seed)
-        return cls(name, draw(samples), draw(learning_samples), *how)
+        token_ids = draw(samples)
+        return cls(name, token_ids, token_ids if learning_samples == samples else draw(learning_samples), *how)
 
     @property
     def about(self) -> dict[str, Any]:

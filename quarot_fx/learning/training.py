@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 
 import torch
@@ -56,6 +57,11 @@ def batches(tokens: Tensor, size: int, steps: int, seed: int) -> Iterator[Tensor
             order = torch.cat([order, torch.randperm(len(tokens), generator=generator)])
         yield tokens[order[:size].to(tokens.device)]
         order = order[size:]
+
+
+def cosine(rate: float, step: int, steps: int) -> float:
+    """Return the rate of a step, the first of which is 0: it falls to 0 along half a cosine."""
+    return rate * (1 + math.cos(math.pi * step / steps)) / 2
 
 
 def gradients_of(loss: Tensor, leaves: Sequence[Tensor]) -> list[Tensor]:
