@@ -52,6 +52,12 @@ def rotate(op: Operator) -> None:
         op.pin(turned.axis(dim), "is a transform of a part of this axis that is in the graph already")
 
 
+@rule(quarot.balance.default)
+def balance(op: Operator) -> None:
+    """Each head times a matrix of its own, which knows its channels in no other basis."""
+    op.barrier("multiplies each head by a matrix")
+
+
 @rule(quarot.quantize_asymmetric.default, quarot.quantize_symmetric.default)
 def quantization(op: Operator) -> None:
     """Codes stand for numbers in the basis in which they were rounded."""
