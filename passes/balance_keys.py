@@ -11,7 +11,7 @@ from torch import fx
 
 from quarot_fx.aliasing import argument
 from quarot_fx.attention import Read, reads_of_keys_and_values
-from quarot_fx.balance import known_balances
+from quarot_fx.balance import KeyBalances
 from quarot_fx.config import SEARCH, UNQUANTIZED_BITS
 from quarot_fx.errors import KeyBalanceNotCalibratedError
 from quarot_fx.graph import Inserter, after, argument_nodes, is_tensor, module_path, replace_arguments, value
@@ -61,14 +61,17 @@ class BalanceKeys(Pass):
     def run(self, program: Program, report: PassReport) -> None:
         if self.config.key_balance == SEARCH:
             raise KeyBalanceNotCalibratedError()
-        found = known_balances(self.config.key_balance) if self.config.key_balance is not None else None
-        for reads in reads_of_keys(program.graph, report):
+        is_asked = self.config.key_balance is not None and self.config.k_bits != UNQUANTIZED_BITS
+        found = KeyBalances.known(self.config.key_balance) if is_asked else None  # type: ignore[arg-type]
+        if found is None and not program.graph.find_nodes(op="call_function", target=quarot.balance.default):
+            return
+        for reads in reads_of_keys(program.graph, report if is_asked else None):
             first = reads[0]
             where = module_path(first.attention)
             if first.codes:
                 for read in reads:
                     self._move(read, report)
-            elif found is not None and self.config.k_bits != UNQUANTIZED_BITS:
+            elif found is not None:
                 balance = found.find(where)
                 if balance is None:
                     report.decline(where, "no balance was found for its keys")

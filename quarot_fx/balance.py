@@ -187,6 +187,17 @@ class KeyBalances:
             raise KeyBalancesFileError(folder=str(folder), reason=f"the matrices of {wrong[0]} are not there")
         return cls(layers)
 
+    @classmethod
+    def known(cls, source: KeyBalances | Path | str) -> KeyBalances:
+        """Return a set: as given, known to the process by its name, or that of a folder.
+
+        Raises:
+            KeyBalancesFileError: the folder holds none.
+        """
+        if isinstance(source, KeyBalances):
+            return source
+        return _KNOWN.get(str(source)) or cls.load(source)
+
     def __iter__(self) -> Iterator[KeyBalance]:
         return iter(self.layers)
 
@@ -204,14 +215,3 @@ class KeyBalances:
 
 
 _KNOWN: dict[str, KeyBalances] = {}  # by name, as long as the process lives: options hold no more than that
-
-
-def known_balances(source: KeyBalances | Path | str) -> KeyBalances:
-    """Return a set: as given, known by its name, or that of a folder.
-
-    Raises:
-        KeyBalancesFileError: the folder holds none.
-    """
-    if isinstance(source, KeyBalances):
-        return source
-    return _KNOWN.get(str(source)) or KeyBalances.load(source)

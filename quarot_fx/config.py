@@ -168,9 +168,9 @@ class QuarotConfig:
 
             self._set("learned_rotations", name_of(self.learned_rotations))
         if self.key_balance not in (None, SEARCH):
-            from quarot_fx.balance import known_balances
+            from quarot_fx.balance import KeyBalances
 
-            self._set("key_balance", known_balances(self.key_balance).name)
+            self._set("key_balance", KeyBalances.known(self.key_balance).name)
         for name in ("w_bits", "a_bits", "k_bits", "v_bits"):
             check_bits(name, getattr(self, name))
         for name in ("w_group", "a_group", "kv_group"):

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from quarot_fx.balance import KeyBalances, known_balances
+from quarot_fx.balance import KeyBalances
 from quarot_fx.cache.formats import Format, PlainFormat, QuantizedFormat
 from quarot_fx.config import SEARCH, UNQUANTIZED_BITS, QuarotConfig, check_bits, check_clip, check_group, default_clip
 from quarot_fx.errors import OptionError
@@ -65,7 +65,7 @@ class CacheOptions:
                 name="key_balance", value=SEARCH, reason="must be a set of balances: calibration finds one"
             )
         if self.key_balance is not None:
-            object.__setattr__(self, "key_balance", known_balances(self.key_balance).name)
+            object.__setattr__(self, "key_balance", KeyBalances.known(self.key_balance).name)
 
     @classmethod
     def from_mapping(cls, options: Mapping[str, Any]) -> CacheOptions:
@@ -105,7 +105,7 @@ class CacheOptions:
         """
         if self.key_balance is None:
             return (None,) * layers
-        found = known_balances(self.key_balance)
+        found = KeyBalances.known(self.key_balance)
         if len(found) != layers:
             reason = f"has balances of {len(found)} layers, and the cache stores keys of {layers}"
             raise OptionError(name="key_balance", value=self.key_balance, reason=reason)

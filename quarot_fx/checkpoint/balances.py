@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from quarot_fx.balance import Balance, KeyBalance, KeyBalances, known_balances
+from quarot_fx.balance import Balance, KeyBalance, KeyBalances
 from quarot_fx.checkpoint.manifest import Balanced, Manifest
 from quarot_fx.checkpoint.shards import ShardReader, ShardWriter
 from quarot_fx.config import QuarotConfig
@@ -15,7 +15,7 @@ def write_balances(config: QuarotConfig, writer: ShardWriter) -> tuple[Balanced,
         return ()
     return tuple(
         Balanced(one.where, one.balance, writer.add(one.balance, Balance.parse(one.balance).matrices()))
-        for one in known_balances(config.key_balance)
+        for one in KeyBalances.known(config.key_balance)
     )
 
 
