@@ -9,7 +9,7 @@ from typing import ClassVar
 import torch
 from torch import fx
 
-from quarot_fx.aliasing import argument
+from quarot_fx.aliasing import argument, equal_sizes
 from quarot_fx.attention import Read, reads_of_keys_and_values
 from quarot_fx.balance import KeyBalances
 from quarot_fx.config import SEARCH, UNQUANTIZED_BITS
@@ -23,6 +23,7 @@ from quarot_fx.report import PassReport
 
 aten, quarot = torch.ops.aten, torch.ops.quarot
 AXES = 4  # batch, heads, tokens, size
+UNKNOWN = "heads are repeated in a way that is not known, or for other readers, too"
 
 
 @dataclass(frozen=True)
@@ -132,13 +133,28 @@ def _read_of(read: Read) -> KeyRead | str:
     repeated = argument_nodes(user)[place]
     if value(repeated).ndim != AXES:
         return f"attention reads {value(repeated).ndim} axes, not batch, heads, tokens and size"
-    insert = Inserter(read.user.graph, "", read.user)
+    insert = Inserter(read.user.graph, BalanceKeys().name, read.user)
+    known = set(read.user.graph.nodes)
     with read.user.graph.inserting_before(read.user):
-        keys = before_repetition(insert, repeated)  # heads that follow each other share a query's group
-    while argument_nodes(user)[place] is not keys:
-        user, place = argument_nodes(user)[place], 0
+        once = before_repetition(insert, repeated)  # heads that follow each other share a query's group
+    axis = None
+    if once not in known and once.target is aten.squeeze.dim:  # the axis along which heads are repeated
+        source, axis = once.all_input_nodes[0], argument(once, "dim")
+        read.user.graph.erase_node(once)
+        once = source
+    while (source := argument_nodes(user)[place]) is not once or _is_unchanged(source) or value(source).ndim != AXES:
+        if source is once:
+            if source.target is aten.unsqueeze.default and argument(source, "dim") == axis:
+                axis = None
+            elif not _is_unchanged(source):
+                return UNKNOWN
+            once = source.all_input_nodes[0]
+        user, place = source, 0
         if len(user.users) != 1 or not argument_nodes(user) or not is_tensor(argument_nodes(user)[0]):
-            return "heads are repeated in a way that is not known, or for other readers, too"
+            return UNKNOWN
+    if axis is not None:
+        return UNKNOWN
+    keys = once
     query_place = 0 if read.dim == -1 else read.place - 1
     query = value(argument_nodes(read.user)[query_place])
     heads, size = value(keys).shape[-3], value(keys).shape[-1]
@@ -147,3 +163,8 @@ def _read_of(read: Read) -> KeyRead | str:
     if query.shape[1] % heads or query.shape[-1] != size:
         return "queries and keys do not form groups"
     return KeyRead(read.user, keys, user, place, query_place, codes_of_cache(read) is not None)
+
+
+def _is_unchanged(node: fx.Node) -> bool:
+    """Whether a node is a slice of all that there is."""
+    return node.target is aten.slice.Tensor and equal_sizes(value(node).shape, value(node.all_input_nodes[0]).shape)
