@@ -63,7 +63,7 @@ class BalanceKeys(Pass):
         if self.config.key_balance == SEARCH:
             raise KeyBalanceNotCalibratedError()
         is_asked = self.config.key_balance is not None and self.config.k_bits != UNQUANTIZED_BITS
-        found = KeyBalances.known(self.config.key_balance) if is_asked else None  # type: ignore[arg-type]
+        found = KeyBalances.known(self.config.key_balance) if is_asked else None
         if found is None and not program.graph.find_nodes(op="call_function", target=quarot.balance.default):
             return
         for reads in reads_of_keys(program.graph, report if is_asked else None):

@@ -55,7 +55,12 @@ def rotate(op: Operator) -> None:
 @rule(quarot.balance.default)
 def balance(op: Operator) -> None:
     """Each head times a matrix of its own, which knows its channels in no other basis."""
-    op.barrier("multiplies each head by a matrix")
+    x, y = op["x"], op.result
+    for axis, result in zip(x.axes(), y.axes(), strict=True):
+        if axis.dim in (x.ndim - 3, x.ndim - 1):
+            op.pin([axis, result], "multiplies each head by a matrix of its own")
+        else:
+            op.tie(axis, result)
 
 
 @rule(quarot.quantize_asymmetric.default, quarot.quantize_symmetric.default)
