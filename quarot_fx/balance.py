@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from quarot_fx.errors import BalanceSizeError, KeyBalancesFileError, NotABalanceError, UnknownBalanceError
-from quarot_fx.rotation import DIGEST_LENGTH, FloatArray, constant_of
+from quarot_fx.rotation import DIGEST_LENGTH, FloatArray, Rotation, constant_of
 
 HEADS, SIZE = -3, -1  # axes of what is balanced
 SYMMETRIC = 1e-9  # relative difference of a matrix and its transpose
@@ -76,20 +76,22 @@ class Balance:
             raise UnknownBalanceError(name=text)
         return cls(int(match[1]), int(match[2]), match[3])
 
-    def matrices(self) -> Tensor:
-        """Return A of all heads, float64 [heads, size, size] on the CPU.
+    def matrices(self, inverse: bool = False, rotation: str | None = None) -> Tensor:
+        """Return A of all heads, or its inverse, times a rotation if one is named: float64 [heads, size, size].
 
         Raises:
             UnknownBalanceError: the process has not got them.
         """
-        return torch.from_numpy(_given(self)).clone()
+        return torch.from_numpy(_products((self, inverse, rotation)).copy())
 
-    def apply(self, x: Tensor, inverse: bool = False) -> Tensor:
-        """Return ``x A``, or ``x A^-1``, of each head: a new contiguous tensor with the shape and dtype of x.
+    def apply(self, x: Tensor, inverse: bool = False, rotation: str | None = None, rounded: bool = False) -> Tensor:
+        """Return each head times its matrix: a new contiguous tensor with the shape and dtype of x.
 
         Args:
             x: floating point [..., heads n, tokens, size]; matrix i is for the heads from ``i n`` on.
             inverse: undo it.
+            rotation: that the matrices are multiplied with before.
+            rounded: the matrices have the dtype of x, as kernels take them, not float32 at least.
 
         Raises:
             BalanceSizeError: x has another number of heads, or heads of another size.
@@ -97,7 +99,7 @@ class Balance:
         """
         self.check_fits(x)
         y = x.to(torch.promote_types(x.dtype, torch.float32))
-        matrices = (_inverses if inverse else _matrices)(self, y)
+        matrices = _constants((self, inverse, rotation), x if rounded else y).to(y.dtype)
         products = y.unflatten(HEADS, (self.heads, -1)) @ matrices[:, None]
         return products.flatten(-4, -3).to(x.dtype).contiguous()
 
@@ -116,14 +118,16 @@ def _given(balance: Balance) -> FloatArray:
     return _GIVEN[balance.digest]
 
 
-@constant_of(maxsize=256)
-def _matrices(balance: Balance) -> FloatArray:
-    return _given(balance)
+def _products(source: tuple[Balance, bool, str | None]) -> FloatArray:
+    balance, inverse, rotation = source
+    matrices = np.linalg.inv(_given(balance)) if inverse else _given(balance)
+    if rotation is None:
+        return matrices
+    q = Rotation.parse(rotation).matrix().numpy()
+    return matrices @ np.kron(np.eye(balance.size // len(q)), q)
 
 
-@constant_of(maxsize=256)
-def _inverses(balance: Balance) -> FloatArray:
-    return np.linalg.inv(_given(balance))
+_constants = constant_of(maxsize=256)(_products)
 
 
 # -- of a model ------------------------------------------------------------------------------------

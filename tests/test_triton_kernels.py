@@ -201,7 +201,7 @@ def appended(x: torch.Tensor, bits: int, group: int | None, clip: float) -> list
     declaration = DECLARATIONS["append"]
     codes, scale, zero = DECLARATIONS["quantize_asymmetric"].reference(x, bits, group, clip)
     rows = (DECLARATIONS["pack"].reference(codes, bits), scale, zero)
-    args = (*map(torch.zeros_like, rows), x, torch.arange(x.shape[2]), None, None, None, bits, group, clip)
+    args = (*map(torch.zeros_like, rows), x, torch.arange(x.shape[2]), None, None, None, None, bits, group, clip)
     kernel = outcome(declaration, declaration.providers["triton"].implementation, on_device(args))
     return [tuple(tensor.cpu() for tensor in kernel), rows]
 
@@ -240,7 +240,8 @@ def test_what_is_not_finite_shows_in_its_group_only(value: float) -> None:
 def test_reasons_against_appending(change: dict[str, Any], reason: str) -> None:
     codes, scale = torch.zeros(1, 2, 9, 48, dtype=torch.uint8), torch.zeros(1, 2, 9, 1)
     args = {"codes": codes, "scale": scale, "zero": scale.byte(), "x": torch.zeros(1, 2, 3, 96), "position": None,
-            "cos": None, "sin": None, "rotation": None, "bits": 4, "group": None, "clip": 1.0} | change  # fmt: skip
+            "cos": None, "sin": None, "balance": None, "rotation": None, "bits": 4, "group": None, "clip": 1.0,
+            **change}  # fmt: skip
     found = DECLARATIONS["append"].providers["triton"].reason_against(*on_device(tuple(args.values())))
     assert found is not None
     assert reason in found
