@@ -25,6 +25,7 @@ class LowerOps(Pass):
         "merge-int-linears",
         "fuse-norms",
         "fuse-rotations",
+        "fuse-dynamic-linears",
         "fuse-ropes",
         "fuse-attention",
         "fuse-packed-attention",

@@ -19,6 +19,7 @@ from quarot_fx.passes.fold_gains import FoldGains
 from quarot_fx.passes.fold_means import FoldMeans
 from quarot_fx.passes.fuse_appends import FuseAppends
 from quarot_fx.passes.fuse_attention import FuseAttention
+from quarot_fx.passes.fuse_dynamic_linears import FuseDynamicLinears
 from quarot_fx.passes.fuse_gates import FuseGates
 from quarot_fx.passes.fuse_int_linears import FuseIntLinears
 from quarot_fx.passes.fuse_norms import FuseNorms
@@ -60,6 +61,7 @@ DEFAULT_ORDER: tuple[type[Pass], ...] = (
     MergeIntLinears,
     FuseNorms,
     FuseRotations,
+    FuseDynamicLinears,
     FuseRopes,
     SimplifyAttention,
     FuseAttention,

@@ -86,11 +86,29 @@ def quantization(rows, unit, clip, SYMMETRIC: tl.constexpr, BITS: tl.constexpr):
 
 
 @triton.jit
+def _rounded(values, unit, step, zeros, lowest, highest):
+    """Return codes of float32 [groups, A, B] as :func:`_round_to_code` does; no ``zeros`` means 0."""
+    origin = None if zeros is None else zeros[:, None, None]
+    reciprocal = (divide_scalars(1.0, step) * unit)[:, None, None]
+    return _round_to_code(values, reciprocal, origin, lowest[:, None, None], highest[:, None, None])
+
+
+@triton.jit
+def row_as_words(values, unit, clip, BITS: tl.constexpr):
+    """Quantise a row, float32 [words, 4, n], symmetrically; return four codes a word, int32 [words, n], and the step.
+
+    What is beyond the row must be 0.
+    """
+    row = tl.reshape(values, (1, values.numel), can_reorder=True)
+    step, _, lowest, highest = quantization(row, unit, clip, True, BITS)
+    codes = _rounded(values, unit, step, None, lowest, highest).to(tl.int32, bitcast=True) & 0xFF
+    return tl.sum(codes << (8 * tl.arange(0, 4))[None, :, None], axis=1), tl.sum(step)
+
+
+@triton.jit
 def store_codes(values, unit, codes_at, mask, step, zeros, lowest, highest, size, SYMMETRIC: tl.constexpr):
     """Store the codes of float32 [groups, A, B] and return sums over ``size`` elements each; the rest must be 0."""
-    origin = None if SYMMETRIC else zeros[:, None, None]
-    reciprocal = (divide_scalars(1.0, step) * unit)[:, None, None]
-    shifted = _round_to_code(values, reciprocal, origin, lowest[:, None, None], highest[:, None, None])
+    shifted = _rounded(values, unit, step, None if SYMMETRIC else zeros, lowest, highest)
     bits = shifted.to(tl.int32, bitcast=True)
     if codes_at.dtype.element_ty == tl.int8:
         codes = bits.to(tl.int8)

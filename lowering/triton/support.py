@@ -87,6 +87,29 @@ def _gated_int_linear(*arguments: Any) -> str | None:
     return _int_linear(*operands, None, dtype)
 
 
+def _dynamic_int_linear(
+    x: Tensor,
+    gain: Tensor | None,
+    eps: float | None,
+    bits: int,
+    clip: float,
+    weight: Tensor,
+    weight_scale: Tensor,
+    weight_bits: int,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    dtype: torch.dtype,
+    activation: str | None,
+) -> str | None:
+    if reason := _reason_against_device(x.device) or _reason_against_row(x):
+        return reason
+    if dtype not in FLOATS:
+        return f"the result is {dtype}"
+    if x.numel() > x.shape[-1]:
+        return "there are more tokens than one"
+    return None if x.shape[-1] % 4 == 0 else f"{x.shape[-1]} codes are no whole words"
+
+
 def _pack_weight(codes: Tensor, bits: int) -> str | None:
     return _reason_against_device(codes.device)
 
@@ -224,6 +247,7 @@ REASONS: dict[str, Callable[..., str | None]] = {
     "append_pair": _append_pair,
     "attend": _attend,
     "attend_packed": _attend_packed,
+    "dynamic_int_linear": _dynamic_int_linear,
     "gated_int_linear": _gated_int_linear,
     "int_linear": _int_linear,
     "norm_quantize": _norm_quantize,

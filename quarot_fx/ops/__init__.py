@@ -7,6 +7,7 @@ from quarot_fx.ops.attend import attend
 from quarot_fx.ops.attend_packed import attend_packed
 from quarot_fx.ops.declaration import DECLARATIONS, OpDeclaration, Provider, declaration_of, declare
 from quarot_fx.ops.dequantize import dequantize
+from quarot_fx.ops.dynamic_int_linear import dynamic_int_linear
 from quarot_fx.ops.expert_linear import expert_linear
 from quarot_fx.ops.gated_int_linear import gated_int_linear
 from quarot_fx.ops.int_linear import int_linear
@@ -37,6 +38,7 @@ __all__ = [
     "declaration_of",
     "declare",
     "dequantize",
+    "dynamic_int_linear",
     "expert_linear",
     "gated_int_linear",
     "int_linear",
