@@ -19,9 +19,9 @@ from quarot_fx.passes.fold_gains import FoldGains
 from quarot_fx.passes.fold_means import FoldMeans
 from quarot_fx.passes.fuse_appends import FuseAppends
 from quarot_fx.passes.fuse_attention import FuseAttention
-from quarot_fx.passes.fuse_dynamic_linears import FuseDynamicLinears
 from quarot_fx.passes.fuse_gates import FuseGates
 from quarot_fx.passes.fuse_int_linears import FuseIntLinears
+from quarot_fx.passes.fuse_norm_linears import FuseNormLinears
 from quarot_fx.passes.fuse_norms import FuseNorms
 from quarot_fx.passes.fuse_packed_attention import FusePackedAttention
 from quarot_fx.passes.fuse_ropes import FuseRopes
@@ -60,8 +60,8 @@ DEFAULT_ORDER: tuple[type[Pass], ...] = (
     FuseGates,  # before products are merged: those of gate and up become one in an order of their own
     MergeIntLinears,
     FuseNorms,
+    FuseNormLinears,
     FuseRotations,
-    FuseDynamicLinears,
     FuseRopes,
     SimplifyAttention,
     FuseAttention,

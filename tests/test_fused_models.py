@@ -45,6 +45,19 @@ def test_ops_of_a_model(name):
         assert relative_difference([fused(ids)[-1]], [expected[-1]]) < FLIPS
 
 
+@pytest.mark.parametrize("kernels", ["reference", pytest.param("auto", marks=pytest.mark.kernels)])
+def test_norms_of_one_token_are_part_of_products(kernels):
+    if kernels == "auto":
+        pytest.importorskip("triton")
+    model, ids = BY_NAME["llama"].build().to(DEVICE), random_token_ids(1, 1).to(DEVICE)
+    fused = quarot_fx.rewrite(model, ids, kernels=kernels)
+    names = [str(node.target).split(".")[1] for node in fused.graph.nodes if str(node.target).startswith("quarot")]
+    assert (names.count("norm_int_linear"), names.count("norm_quantize")) == (2 * LAYERS, 0)
+    with torch.no_grad():
+        expected = quarot_fx.rewrite(model, ids, kernels="none")(ids)
+        assert relative_difference([fused(ids)[-1]], [expected[-1]]) < FLIPS
+
+
 @pytest.mark.kernels
 @pytest.mark.parametrize("name", ["llama", "gpt2"])
 def test_kernels_agree_with_the_references(name):

@@ -12,7 +12,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from quarot_fx.lowering.triton import tiles
 from quarot_fx.lowering.triton.device import describe
-from quarot_fx.lowering.triton.int_gemv import launch_gemv
+from quarot_fx.lowering.triton.int_gemv import _int_gemv
 from quarot_fx.lowering.triton.int_matmul import _add_parts, _int_matmul
 from quarot_fx.ops.pack_weight import NIBBLE_OFFSET
 
@@ -55,11 +55,26 @@ def int_linear(
     if launch is None:
         launch = tiles.nearest(kernel, codes.device, tokens=tokens, rows=rows, columns=size)
     if kernel == "int_gemv":
-        words = codes.view(torch.int32)
-        launch_gemv(words, size, None, *tail[:3], weight, weight_bits, *tail[3:], activation=activation, launch=launch)
+        _launch_gemv(codes, weight, tail, weight_bits, activation, dict(launch))
     else:
         _launch_matmul(codes, weight, tail, weight_bits, activation, dict(launch))
     return y
+
+
+def _launch_gemv(
+    codes: Tensor,
+    weight: Tensor,
+    tail: tuple[Any, ...],
+    weight_bits: int,
+    activation: str | None,
+    launch: dict[str, Any],
+) -> None:
+    size, (rows, width) = codes.shape[-1], weight.shape
+    early = describe(codes.device).starts_early
+    grid = (codes.numel() // size, triton.cdiv(rows, launch["BLOCK_N"]))
+    words = (codes.view(torch.int32), weight.view(torch.int32))
+    constants = {"W_BITS": weight_bits, "PREFETCHED": launch["BLOCK_K"], "EARLY": early, "launch_pdl": early} | launch
+    _int_gemv[grid](*words, *tail, rows, X_WORDS=size // 4, W_WORDS=width // 4, ACTIVATION=activation, **constants)
 
 
 def _launch_matmul(

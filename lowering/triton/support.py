@@ -17,6 +17,7 @@ from quarot_fx.rotation import Rotation
 
 LARGEST_ROW = 65536  # elements that one program holds in registers
 FLOATS = (torch.bfloat16, torch.float16, torch.float32)
+LARGEST_TOKEN = 16384  # elements that every program of a product holds in registers besides its weights
 LARGEST_HEAD = 256
 MOST_GROUP_QUERIES = 64  # of the heads that share keys and values: the rows of a program's tile
 PACKED_BITS = (2, 4, 8)  # of codes that never straddle two bytes
@@ -87,15 +88,14 @@ def _gated_int_linear(*arguments: Any) -> str | None:
     return _int_linear(*operands, None, dtype)
 
 
-def _dynamic_int_linear(
+def _norm_int_linear(
     x: Tensor,
     gain: Tensor | None,
-    eps: float | None,
+    eps: float,
     bits: int,
     clip: float,
     weight: Tensor,
     weight_scale: Tensor,
-    weight_bits: int,
     bias: Tensor | None,
     residual: Tensor | None,
     dtype: torch.dtype,
@@ -107,7 +107,9 @@ def _dynamic_int_linear(
         return f"the result is {dtype}"
     if x.numel() > x.shape[-1]:
         return "there are more tokens than one"
-    return None if x.shape[-1] % 4 == 0 else f"{x.shape[-1]} codes are no whole words"
+    if x.shape[-1] > LARGEST_TOKEN:
+        return f"a token of {x.shape[-1]} elements is longer than {LARGEST_TOKEN}, which each program would quantise"
+    return None
 
 
 def _pack_weight(codes: Tensor, bits: int) -> str | None:
@@ -247,9 +249,9 @@ REASONS: dict[str, Callable[..., str | None]] = {
     "append_pair": _append_pair,
     "attend": _attend,
     "attend_packed": _attend_packed,
-    "dynamic_int_linear": _dynamic_int_linear,
     "gated_int_linear": _gated_int_linear,
     "int_linear": _int_linear,
+    "norm_int_linear": _norm_int_linear,
     "norm_quantize": _norm_quantize,
     "pack_weight": _pack_weight,
     "quantize_activation": _quantize_activation,

@@ -59,8 +59,8 @@ def candidates(tokens: int) -> list[Candidate]:
 
 
 def _gemv() -> Iterator[Candidate]:
-    for (words, warps), blocks in itertools.product(((4096, 4), (8192, 8), (2048, 4), (8192, 4)), (1, 2, 4, 8)):
-        yield {"WORDS": words, "BLOCKS": blocks, "num_warps": warps}
+    for block_n, block_k, warps in ((8, 512, 4), (16, 256, 4), (4, 512, 2), (16, 512, 8), (8, 256, 4)):
+        yield {"BLOCK_N": block_n, "BLOCK_K": block_k, "num_warps": warps}
 
 
 def _few(tokens: int) -> Iterator[Candidate]:

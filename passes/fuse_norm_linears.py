@@ -1,4 +1,4 @@
-"""The quantisation of one token, with the norm before it, becomes part of the product that reads its codes."""
+"""A norm of one token, and the quantisation of its result, become part of the product that reads the codes."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from torch import fx
 from quarot_fx.aliasing import argument
 from quarot_fx.graph import Inserter, module_path, value
 from quarot_fx.linear_like import LAYERS
+from quarot_fx.ops.norm_int_linear import WEIGHT_BITS
 from quarot_fx.passes.base import Pass
 from quarot_fx.passes.fusion import insert_fused
 from quarot_fx.program import Program
@@ -19,61 +20,60 @@ from quarot_fx.report import PassReport
 
 quarot = torch.ops.quarot
 PRODUCTS = (quarot.int_linear.default, quarot.gated_int_linear.default)
-QUANTIZATIONS = (quarot.norm_quantize.default, quarot.quantize_activation.default)
 
 
 @dataclass(frozen=True)
-class FuseDynamicLinears(Pass):
-    """``int_linear(norm_quantize(x)) -> dynamic_int_linear(x)`` of one token, whose product is over before a kernel of
-    its own would have quantised many. Of more tokens it pays to quantise each once.
+class FuseNormLinears(Pass):
+    """``int_linear(norm_quantize(x)) -> norm_int_linear(x)`` of one token, which all programs of the product
+    quantise for themselves: a launch costs more. Of more tokens it pays to quantise each once.
     """
 
-    requires: ClassVar[tuple[str, ...]] = ("fuse-gates", "merge-int-linears", "fuse-norms", "fuse-rotations")
+    requires: ClassVar[tuple[str, ...]] = ("fuse-gates", "merge-int-linears", "fuse-norms")
     tolerance: ClassVar[float | None] = None  # sums of squares run in another order
 
     def run(self, program: Program, report: PassReport) -> None:
         for target in PRODUCTS:
             for product in program.graph.find_nodes(op="call_function", target=target):
                 codes: Any = argument(product, "codes")
-                quantized = codes.all_input_nodes[0] if codes.target is operator.getitem else codes
-                if quantized.target not in QUANTIZATIONS:
+                norm = codes.all_input_nodes[0] if codes.target is operator.getitem else codes
+                if norm.target is not quarot.norm_quantize.default:
                     continue
-                if reason := _reason_against(product, quantized):
+                if reason := _reason_against(product, norm):
                     report.decline(module_path(product), reason)
                 else:
-                    self._fuse(product, quantized, report)
+                    self._fuse(product, norm, report)
 
-    def _fuse(self, product: fx.Node, quantized: fx.Node, report: PassReport) -> None:
-        is_norm, is_gated = quantized.target is QUANTIZATIONS[0], product.target is PRODUCTS[1]
-        gain, eps = (argument(quantized, name) if is_norm else None for name in ("gain", "eps"))
-        weight = (argument(product, name) for name in ("weight", "weight_scale", "weight_bits", "bias"))
-        residual = None if is_gated else argument(product, "residual")
+    def _fuse(self, product: fx.Node, norm: fx.Node, report: PassReport) -> None:
+        is_gated = product.target is quarot.gated_int_linear.default
         insert = Inserter(product.graph, self.name, product)
         with product.graph.inserting_before(product):
             fused = insert_fused(
-                insert, self.config, report, quarot.dynamic_int_linear.default,
-                argument(quantized, "x"), gain, eps, argument(quantized, "bits"), argument(quantized, "clip"), *weight,
-                residual, argument(product, "dtype"), argument(product, "activation") if is_gated else None,
+                insert, self.config, report, quarot.norm_int_linear.default,
+                *(argument(norm, name) for name in ("x", "gain", "eps", "bits", "clip")),
+                *(argument(product, name) for name in ("weight", "weight_scale", "bias")),
+                None if is_gated else argument(product, "residual"), argument(product, "dtype"),
+                argument(product, "activation") if is_gated else None,
             )  # fmt: skip
         if fused is not None:
             fused.meta[LAYERS] = product.meta[LAYERS]
             product.replace_all_uses_with(fused)
 
 
-def _reason_against(product: fx.Node, quantized: fx.Node) -> str | None:
-    x = value(argument(quantized, "x"))
+def _reason_against(product: fx.Node, norm: fx.Node) -> str | None:
+    x = value(argument(norm, "x"))
     if not all(isinstance(size, int) and size == 1 for size in x.shape[:-1]):
         return f"an activation {tuple(x.shape)} is more than one token, or not known to be one"
-    if argument(quantized, "container") != torch.int8 or not argument(quantized, "symmetric"):
+    if argument(norm, "container") != torch.int8 or not argument(norm, "symmetric"):
         return "codes are in another type than int8, or have zero points"
     if any(argument(product, name) is not None for name in ("weight_zero", "weight_sum")):
         return "the weight has zero points"
     if any(value(argument(product, name)).shape[-1] > 1 for name in ("scale", "weight_scale")):
         return "a scale is of a group"
-    is_norm = quantized.target is QUANTIZATIONS[0]
-    if is_norm and any(argument(quantized, name) is not None for name in ("addend", "direction")):
+    if argument(product, "weight_bits") != WEIGHT_BITS:
+        return f"the weight has {argument(product, 'weight_bits')} bits, and the kernel takes {WEIGHT_BITS}"
+    if any(argument(norm, name) is not None for name in ("addend", "direction")):
         return "the norm adds to the stream, or takes a direction out of it"
-    others = {user for part in quantized.users for user in part.users} - {product}
+    others = {user for part in norm.users for user in part.users} - {product}
     if others:
         return f"the same codes are read by {', '.join(sorted(other.name for other in others))}"
     return None
