@@ -91,7 +91,7 @@ class QuantizedWeight:
         codes: int8, or uint8 where there is a zero point; [..., rows, n].
         scale, zero: [..., rows, groups]; no zero point if codes are symmetric.
         bits: of a code.
-        rounding: ``"nearest"`` or ``"gptq"``.
+        rounding: ``"nearest"``, ``"gptq"`` or ``"tuned"``.
     """
 
     codes: fx.Node

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 UNQUANTIZED_BITS = 16
 ROTATIONS = ("hadamard", "random", "none")
 KERNELS = ("auto", "reference", "none")
-ROUNDINGS = ("nearest", "gptq")
+ROUNDINGS = ("nearest", "gptq", "tuned")
 # How clip ratios are searched for: by the error of the tensor itself, or by that of the outputs of layers.
 SEARCHED_CLIPS = {
     "w_clip": ("search", "output"),
@@ -27,7 +27,7 @@ SEARCHED_CLIPS = {
     **dict.fromkeys(("k_clip", "v_clip", "kv_clip"), ("search",)),
 }
 CALIBRATED: Mapping[str, tuple[str, ...]] = {
-    "w_rounding": ("gptq",),
+    "w_rounding": ("gptq", "tuned"),
     "w_clip": ("output",),
     "a_clip": ("output",),
     "k_clip": ("search",),
@@ -73,7 +73,8 @@ class QuarotConfig:
             ``w_clip="output"`` and ``a_clip="output"``, of the output of every layer, and ``k_clip="search"`` and
             ``v_clip="search"``, of all keys and all values.
         kv_clip: sets both ``k_clip`` and ``v_clip``.
-        w_rounding: of weights: ``"nearest"``, or ``"gptq"``, for which :func:`quarot_fx.calibrate` has to run first.
+        w_rounding: of weights: ``"nearest"``; ``"gptq"``, for which :func:`quarot_fx.calibrate` has to run first; or
+            ``"tuned"``, either of these with the scales that :func:`quarot_fx.tune_scales` found.
             Embeddings that are quantised are always rounded to nearest: no product reads them.
         rotation: ``"hadamard"`` (randomised Hadamard matrices), ``"random"`` (random orthogonal matrices where
             weights absorb them, Hadamard where they run online) or ``"none"``.
@@ -256,6 +257,20 @@ class QuarotConfig:
     def with_options(self, changes: Mapping[str, Any]) -> QuarotConfig:
         """Return the config with some options changed."""
         return replace(self, **changes)
+
+    def check_not_tuned(self) -> None:
+        """Raise an OptionError if any weight is to have tuned scales, where these are still to be found."""
+        if "tuned" in {self.w_rounding, *(one.get("w_rounding") for one in self._override_patterns.values())}:
+            reason = "is what tune_scales ends with: say how weights are rounded before it, 'nearest' or 'gptq'"
+            raise OptionError(name="w_rounding", value="tuned", reason=reason)
+
+    def with_rounding(self, rounding: str) -> QuarotConfig:
+        """Return the config with all weights that are quantised rounded in one way."""
+        overrides = {
+            pattern: {name: rounding if name == "w_rounding" else value for name, value in own.items()}
+            for pattern, own in self._override_patterns.items()
+        }
+        return replace(self, w_rounding=rounding, overrides=overrides)
 
     def with_overrides(self, changes: Mapping[str, Mapping[str, Any]]) -> QuarotConfig:
         """Return the config with further options for some parameters, by their names, beside those that these have."""

@@ -186,7 +186,8 @@ class NotCalibratedError(QuarotError):
 
     template = (
         "weight {parameter!r} is to be rounded by {how}, and no calibration has rounded it as it is "
-        "rotated and quantised here. Call quarot_fx.calibrate(model, data, ...) with the same options before."
+        "rotated and quantised here. Call quarot_fx.calibrate(model, data, ...) with the same options before, and then "
+        "quarot_fx.tune_scales if its scales are to be tuned."
     )
 
 
@@ -260,10 +261,19 @@ class NothingToLearnError(QuarotError, ValueError):
     )
 
 
-class LearningError(QuarotError):
-    """Rotations could not be learned on this model."""
+class NothingToTuneError(QuarotError, ValueError):
+    """Scales of weights were to be tuned, and there are none."""
 
-    template = "cannot learn rotations: {reason}. {remedy}"
+    template = (
+        "the model has no scales to tune: under these options no linear layer's weight is quantised. "
+        "quarot_fx.explain(model, inputs, ...) says what is quantised, and why."
+    )
+
+
+class LearningError(QuarotError):
+    """Nothing could be learned on this model."""
+
+    template = "cannot learn on this model: {reason}. {remedy}"
 
 
 # -- checkpoints -----------------------------------------------------------------------------------

@@ -49,7 +49,7 @@ class Layer:
         parameter: the weight's name in the user's model.
         w_bits, a_bits: bits of the weight and of the activation that enters it.
         role: ``"head"`` or ``"router"``, or nothing.
-        rounding: of the weight, ``"nearest"`` or ``"gptq"``; nothing if it is left alone.
+        rounding: of the weight, ``"nearest"``, ``"gptq"`` or ``"tuned"``; nothing if it is left alone.
         a_clip: ratio that the activation is clipped at; ``None`` if it is left alone.
     """
 

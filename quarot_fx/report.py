@@ -61,7 +61,7 @@ class LinearRecord:
         rotated: ``"free"``, ``"online"``, ``"partly"`` or ``"no"``.
         reason: why it is rotated online, or why it is not rotated or not quantised; or that the rotation was learned.
         role: ``"head"`` or ``"router"``, which keep their precision, or nothing.
-        rounding: of the weight, ``"nearest"`` or ``"gptq"``; empty if it is left alone.
+        rounding: of the weight, ``"nearest"``, ``"gptq"`` or ``"tuned"``; empty if it is left alone.
         a_clip: ratio that the activation is clipped at; ``None`` if it is left alone.
     """
 

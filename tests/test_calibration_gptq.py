@@ -13,7 +13,7 @@ from quarot_fx.calibration.options import GPTQOptions
 from quarot_fx.config import QuantScheme
 from quarot_fx.errors import HessianError, OptionError, UnknownOptionError
 from quarot_fx.ops import quantize_weight
-from quarot_fx.ops.affine import asymmetric_scale, decode, encode, symmetric_scale
+from quarot_fx.ops.affine import decode, encode
 
 ROWS, SIZE = 6, 24
 SCHEMES = {
@@ -70,12 +70,9 @@ def textbook(weight, matrix, scheme, options):
 
 
 def _scale(part, scheme):
-    if scheme.clip == "search":
-        _, scale, _ = quantize_weight(part, scheme.bits, None, None, True)
-        return scale.double(), None
-    if scheme.symmetric:
-        return symmetric_scale(part, scheme.bits, None, scheme.clip), None
-    return asymmetric_scale(part, scheme.bits, None, scheme.clip)
+    clip = None if scheme.clip == "search" else scheme.clip
+    _, scale, zero = quantize_weight(part, scheme.bits, None, clip, scheme.symmetric)
+    return scale, None if scheme.symmetric else zero
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)

@@ -137,8 +137,8 @@ def test_an_index_that_is_none(folder, text):
 
 
 def test_another_version(folder):
-    change_index(folder, lambda quarot: quarot.update(format=2))
-    with pytest.raises(CheckpointVersionError, match="in format 2, and this quarot_fx reads format 1"):
+    change_index(folder, lambda quarot: quarot.update(format=1))
+    with pytest.raises(CheckpointVersionError, match="in format 1, and this quarot_fx reads format 2"):
         load(folder)
 
 
@@ -165,7 +165,7 @@ def test_a_shard_outside_of_the_folder(folder, name):
         (lambda q: next(iter(q["model"].values())).update(stride=[]), r"sizes and 0 strides"),
         (lambda q: q["codes"][0].update(bits=64), "has codes of 64 bits"),
         (lambda q: q["codes"][0].update(size=10**9), r"is U8 \[.*\] and has to be U8"),
-        (lambda q: q["codes"][0].update(scale=q["codes"][0]["packed"]), r"is U8 \[.*\] and has to be F32"),
+        (lambda q: q["codes"][0].update(scale=q["codes"][0]["packed"]), r"is U8 \[.*\] and has to be BF16"),
     ],
 )  # fmt: skip
 def test_an_index_that_cannot_be(folder, change, message):

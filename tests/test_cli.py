@@ -25,6 +25,7 @@ from quarot_fx.cli.settings import (
     parse_learning_options,
     parse_options,
     parse_setting,
+    parse_tuning_options,
     split_settings,
 )
 from quarot_fx.errors import NotFoundError, OptionError, UnknownOptionError
@@ -114,6 +115,22 @@ def test_learned_rotations_of_one_setting():
         parse_learning_options(["batches=5"])
     with pytest.raises(UnknownOptionError, match="unknown setting"):
         parse_setting("W4A4-norot-learned")
+
+
+def test_tuned_scales_of_one_setting():
+    spelled_out, short = parse_setting("W4A4KV4 with gptq with tuned scales"), parse_setting("W4A4KV4-gptq-tuned")
+    assert spelled_out.options == short.options == parse_setting("W4A4KV4-gptq").options
+    assert (short.tuning, short.gptq, parse_setting("W4A4KV4-gptq").tuning) == ({}, {}, None)
+    assert parse_setting("W4-tuned").needs_calibration
+    setting = parse_setting("W4A4-learned-gptq-tuned{steps=5 tuning.steps=7 tuning.rate=0.01 a_group=64}")
+    assert (setting.learning, setting.gptq, setting.tuning) == ({"steps": 5}, {}, {"steps": 7, "rate": 0.01})
+    assert parse_tuning_options(["steps=5", "length=64"]) == {"steps": 5, "length": 64}
+    with pytest.raises(OptionError, match="steps=0"):
+        parse_setting("W4A4-tuned{tuning.steps=0}")
+    with pytest.raises(UnknownOptionError, match=r"unknown option 'tuning\.steps'"):
+        parse_setting("W4A4{tuning.steps=5}")
+    with pytest.raises(UnknownOptionError, match="Did you mean 'batch'"):
+        parse_tuning_options(["batches=5"])
 
 
 def test_mistakes_in_settings_are_typed():
@@ -308,6 +325,21 @@ def test_eval_learns_rotations_on_a_text(tiny_folder, tmp_path):
     assert learned["perplexity"] != random["perplexity"]
 
 
+def test_eval_tunes_scales_on_a_text(tiny_folder, tmp_path):
+    settings, file = "W4A4-learned-gptq{steps=2},W4A4-learned-gptq-tuned{steps=2 tuning.steps=3}", tmp_path / "out.json"
+    data = ("--calibration", "pydoc", "--samples", 8, "--learning", "batch=2", "--learning", "rate=0.2")
+    tuning = ("--tuning", "batch=2", "--tuning", "rate=0.02", "--tuning", "interval=1")
+    shape = ("--windows", 2, "--window-length", 16, "--settings", settings)
+    run("eval", tiny_folder, *shape, *data, *tuning, "--json", file)
+    rounded, tuned = json.loads(file.read_text())["results"]
+    assert "tuning" not in rounded
+    assert (tuned["tuning"]["steps"], tuned["tuning"]["batch"]) == (3, 2)
+    assert list(tuned["held_out"]) == ["0", "1", "2", "3"]
+    assert tuned["options"]["w_rounding"] == "tuned"
+    assert tuned["losses"] == rounded["losses"]
+    assert (tuned["perplexity"] != rounded["perplexity"]) == (min(tuned["held_out"].values()) < tuned["held_out"]["0"])
+
+
 def test_learned_rotations_are_taken_from_a_folder(tiny_folder, tmp_path):
     rotations, file = tmp_path / "rotations", tmp_path / "out.json"
     data = ("--calibration", "pydoc", "--samples", 4, "--window-length", 16, "--learning", "steps=2")
@@ -330,6 +362,14 @@ def test_quantize_learns_rotations_on_a_text(tiny_folder, tmp_path):
     arguments = ("quantize", tiny_folder, tmp_path / "out", "--setting", "W4A4-learned{steps=2}", "--dtype", "float32")
     assert "needs a text to calibrate on" in run(*arguments, exit_code=1)
     assert "learned rotations" in run(*arguments, "--calibration", "pydoc", "--samples", 4, "--length", 16)
+    assert quarot_fx.load(tmp_path / "out", nested_backend="eager") is not None
+
+
+def test_quantize_tunes_scales_on_a_text(tiny_folder, tmp_path):
+    arguments = ("quantize", tiny_folder, tmp_path / "out", "--setting", "W4A4-tuned{tuning.steps=2}")
+    assert "needs a text to calibrate on" in run(*arguments, exit_code=1)
+    data = ("--calibration", "pydoc", "--samples", 8, "--length", 16, "--tuning", "batch=2")
+    assert "weights tuned" in run(*arguments, *data, "--dtype", "float32")
     assert quarot_fx.load(tmp_path / "out", nested_backend="eager") is not None
 
 

@@ -3,6 +3,7 @@ import torch
 
 from quarot_fx.errors import GroupSizeError
 from quarot_fx.ops import dequantize, quantize_asymmetric, quantize_symmetric, quantize_weight
+from quarot_fx.ops.affine import encode
 from quarot_fx.ops.clip_search import search_clip
 
 SEARCHED = [(bits, group, symmetric) for bits in (2, 4, 8) for group in (None, 16) for symmetric in (True, False)]
@@ -55,13 +56,26 @@ def test_search_does_not_depend_on_the_weights_magnitude() -> None:
         assert torch.equal(search_clip(w * 2.0**exponent, 4, None, True), expected)
 
 
-def test_a_fixed_clip_is_that_of_the_ops() -> None:
+def test_a_fixed_clip_is_that_of_the_ops_and_codes_are_found_with_the_scale_that_is_stored() -> None:
     w = weight()
-    codes, scale, zero = quantize_weight(w, 4, 16, 0.9, True)
+    codes, scale, zero = quantize_weight(w, 8, 16, 0.9, True)
     assert zero.numel() == 0
-    torch.testing.assert_close((codes, scale), tuple(quantize_symmetric(w, 4, 16, 0.9)), rtol=0, atol=0)
-    asymmetric = quantize_weight(w, 3, None, 0.9, False)
-    torch.testing.assert_close(asymmetric, tuple(quantize_asymmetric(w, 3, None, 0.9)), rtol=0, atol=0)
+    assert torch.equal(scale, quantize_symmetric(w, 8, 16, 0.9)[1].bfloat16())
+    assert torch.equal(codes, encode(w, scale, None, 8))
+    assert not torch.equal(codes, quantize_symmetric(w, 8, 16, 0.9)[0])
+    codes, scale, zero = quantize_weight(w, 8, None, 0.9, False)
+    assert torch.equal(scale, quantize_asymmetric(w, 8, None, 0.9)[1].bfloat16())
+    assert torch.equal(codes, encode(w, scale, zero, 8))
+
+
+@pytest.mark.parametrize("exponent", [-120, -30, 100])
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_scales_of_16_bits_cost_nothing_at_any_magnitude(exponent: int, symmetric: bool) -> None:
+    w = weight() * 2.0**exponent
+    codes, scale, zero = quantize_weight(w, 4, 16, 1.0, symmetric)
+    stored = (dequantize(codes, scale, None if symmetric else zero, torch.float32) - w).norm()
+    codes, scale, *zeros = (quantize_symmetric if symmetric else quantize_asymmetric)(w, 4, 16)
+    assert stored <= 1.01 * (dequantize(codes, scale, zeros[0] if zeros else None, torch.float32) - w).norm()
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
@@ -72,7 +86,7 @@ def test_shapes_and_dtypes(dtype: torch.dtype) -> None:
     assert codes.shape == w.shape
     assert ratio.shape == scale.shape == zero.shape == (2, 3, 4)
     assert ratio.dtype == torch.promote_types(dtype, torch.float32)
-    assert scale.dtype == torch.float32
+    assert scale.dtype == torch.bfloat16
     assert not ratio.requires_grad
 
 

@@ -20,14 +20,14 @@ from quarot_fx.basis.rules.elementwise import broadcast
 aten = torch.ops.aten
 
 
-@fuzzed(few=200, share=0.8)
+@fuzzed(few=120, share=0.8)
 @given(programs(max_layers=5 if EXPLORED else 2), CONFIGS)
 def test_rotated_programs_are_equal(program: Program, options: dict[str, Any]) -> None:
     plan = check_rotated(program, options)
     event(f"transforms: {'none' if not plan.transforms else 'online' if plan.online else 'free'}")
 
 
-@fuzzed(few=50, share=0.15)
+@fuzzed(few=30, share=0.15)
 @given(programs(max_layers=2), CONFIGS)
 def test_quantized_programs_run(program: Program, options: dict[str, Any]) -> None:
     check_quantized(program, options)

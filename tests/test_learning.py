@@ -22,9 +22,9 @@ from quarot_fx.errors import (
     UnknownOptionError,
 )
 from quarot_fx.float64 import relative_difference
-from quarot_fx.learning.learn import _batches, _cut
 from quarot_fx.learning.options import LearningOptions
 from quarot_fx.learning.rotations import LearnedRotation, LearnedRotations
+from quarot_fx.learning.training import batches, cut
 from quarot_fx.rotation import Rotation
 
 BABYLLAMA = Path(__file__).parents[2] / "shared" / "models" / "babyllama-tok105"
@@ -106,20 +106,20 @@ def test_the_same_seed_gives_the_same_rotations():
     assert first != learn(model, ids(), {**SHORT, "batch": 1}, seed=1)  # another start
 
 
-def test_long_sequences_are_cut():
+def test_long_sequences_arecut():
     tokens = torch.arange(14).view(2, 7)
-    assert _cut(tokens, 3).tolist() == [[0, 1, 2], [3, 4, 5], [7, 8, 9], [10, 11, 12]]
-    assert torch.equal(_cut(tokens, None), tokens)
-    assert torch.equal(_cut(tokens, 8), tokens)
+    assert cut(tokens, 3).tolist() == [[0, 1, 2], [3, 4, 5], [7, 8, 9], [10, 11, 12]]
+    assert torch.equal(cut(tokens, None), tokens)
+    assert torch.equal(cut(tokens, 8), tokens)
     model = fill(Decoder())
-    assert learn(model, ids(2, 13), {**SHORT, "length": 6}) == learn(model, _cut(ids(2, 13), 6))
+    assert learn(model, ids(2, 13), {**SHORT, "length": 6}) == learn(model, cut(ids(2, 13), 6))
 
 
 def test_all_sequences_come_in_turn():
     tokens = torch.arange(5)[:, None]
-    batches = list(_batches(tokens, LearningOptions(steps=5, batch=2)))
-    assert [len(batch) for batch in batches] == [2] * 5
-    seen = torch.cat(batches).flatten()
+    found = list(batches(tokens, 2, 5, 0))
+    assert [len(batch) for batch in found] == [2] * 5
+    seen = torch.cat(found).flatten()
     assert sorted(seen[:5].tolist()) == sorted(seen[5:].tolist()) == [0, 1, 2, 3, 4]
     assert seen[:5].tolist() != seen[5:].tolist()
 

@@ -110,21 +110,21 @@ def test_it_computes_what_the_programs_do(programs, recompute):
     network, matrices, varying = network_of(programs, recompute=recompute)
     for program, quantized in ((programs.rotated, False), (programs.quantized, True)):
         (expected,) = program.graph_module(TOKENS)
-        torch.testing.assert_close(network(matrices, varying, quantized), expected, atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(network(varying, matrices, quantized), expected, atol=1e-4, rtol=1e-4)
 
 
 def test_all_rotations_are_equal_to_the_float_model(programs):
     """Nothing but rounding tells rotations apart: without it any is as good, and no gradient turns one."""
     network, matrices, varying = network_of(programs)
-    expected = network(matrices, varying, quantized=False)
+    expected = network(varying, matrices, quantized=False)
     others = {number: Rotation("random", len(q), 7).matrix().float() for number, q in matrices.items()}
-    torch.testing.assert_close(network(others, varying, quantized=False), expected, atol=1e-4, rtol=1e-4)
-    assert (network(others, varying) - network(matrices, varying)).abs().max() > 0.01
+    torch.testing.assert_close(network(varying, others, quantized=False), expected, atol=1e-4, rtol=1e-4)
+    assert (network(varying, others) - network(varying, matrices)).abs().max() > 0.01
     turns = {}
     for quantized in (False, True):
         with torch.enable_grad():
             leaves = {number: q.requires_grad_() for number, q in matrices.items()}
-            loss = cross_entropy(network(leaves, varying, quantized), TOKENS)
+            loss = cross_entropy(network(varying, leaves, quantized), TOKENS)
             gradients = torch.autograd.grad(loss, list(leaves.values()))
         products = [q.detach().T @ g for q, g in zip(leaves.values(), gradients, strict=True)]
         turns[quantized] = max((p - p.T).abs().max().item() for p in products)

@@ -41,6 +41,15 @@ def test_linears_become_codes_and_scales():
     assert stored_tensor(stored).shape == (WIDTH, WIDTH // 2)  # two codes a byte
 
 
+def test_groups_of_64_take_four_and_a_quarter_bits_a_weight():
+    program = captured(Lambda(lambda m, x: m.a(x) * 2, a=linear(128, 192)), tokens(2, 192))
+    result = FoldConstants()(QuantizeWeights(QuarotConfig(w_group=64))(program))
+    codes = stored_tensor(node_named(result, "quarot.unpack.default").args[0])
+    scale = stored_tensor(node_named(result, "quarot.dequantize.default").args[1])
+    assert (scale.dtype, scale.shape) == (torch.bfloat16, (128, 3))
+    assert 8 * (codes.nbytes + scale.nbytes) == 4.25 * 128 * 192
+
+
 @pytest.mark.parametrize("symmetric", [True, False])
 @pytest.mark.parametrize("group", [None, 4])
 def test_more_bits_are_closer(symmetric, group):

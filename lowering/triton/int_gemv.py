@@ -105,7 +105,7 @@ def _int_gemv(
         product -= 8 * x_sums
     if x_zero is not None:
         product -= x_zeros * w_sums
-    value = product.to(tl.float32) * (w_scales * x_scales)
+    value = product.to(tl.float32) * (w_scales.to(tl.float32) * x_scales)
     if bias is not None:
         value += biases.to(tl.float32)
     if ACTIVATION is not None:

@@ -59,7 +59,7 @@ def _scales(x_scale, w_scale, tokens, rows, k, SIZE: tl.constexpr, X_GROUP: tl.c
     k = tl.minimum(k, SIZE - 1)
     scale = tl.full((rows.shape[0], tokens.shape[0]), 1.0, tl.float32)
     if W_GROUP:
-        scale *= tl.load(w_scale + rows * (SIZE // W_GROUP) + k // W_GROUP)[:, None]
+        scale *= tl.load(w_scale + rows * (SIZE // W_GROUP) + k // W_GROUP).to(tl.float32)[:, None]
     if X_GROUP:
         scale *= tl.load(x_scale + tokens * (SIZE // X_GROUP) + k // X_GROUP)[None, :]
     return scale
@@ -131,9 +131,10 @@ def _finish(
             product -= correction
     value = product.to(tl.float32)
     if not GROUPED:
-        value *= (tl.load(w_scale + row_at) * (1.0 / UNIT))[:, None] * tl.load(x_scale + token_at)[None, :]
+        w_scales = tl.load(w_scale + row_at).to(tl.float32) * (1.0 / UNIT)
+        value *= w_scales[:, None] * tl.load(x_scale + token_at)[None, :]
     elif not W_GROUP:
-        value *= tl.load(w_scale + row_at)[:, None]
+        value *= tl.load(w_scale + row_at).to(tl.float32)[:, None]
     elif not X_GROUP:
         value *= tl.load(x_scale + token_at)[None, :]
     if bias is not None:

@@ -47,12 +47,15 @@ class Way:
     compile_model: Compile
 
 
+UNCOMPILED = Way("bfloat16", BFLOAT16, lambda model: model)
+
+
 def ways(options: Mapping[str, Any], cache_bits: int) -> list[Way]:
     """Return the model compiled by quarot, with ``options``, and in bfloat16."""
     by_quarot = partial(
         torch.compile, backend="quarot", options={"nested_backend": "eager", **OPTIONS, **options}, dynamic=False
     )
-    return [Way("quarot", cache_bits, by_quarot), Way("bfloat16", BFLOAT16, lambda model: model)]
+    return [Way("quarot", cache_bits, by_quarot), UNCOMPILED]
 
 
 def measure_capacity(name: str, shape: DecoderShape, way: Way, sequences: int, device: str) -> Iterator[MemoryUse]:
@@ -60,6 +63,8 @@ def measure_capacity(name: str, shape: DecoderShape, way: Way, sequences: int, d
     blank = MemoryUse(name, way.backend, way.cache_bits, sequences, FIRST)
     a_token = token_bytes(shape, way.cache_bits) * sequences
     with torch.no_grad():
+        with forgotten():  # libraries take workspaces at a first call and keep them: no weights of a model
+            _FewLayers(shape, FEW_LAYERS, UNCOMPILED, device).step(blank)
         with forgotten():
             few = _FewLayers(shape, FEW_LAYERS, way, device).step(blank).weight_bytes
         with forgotten():

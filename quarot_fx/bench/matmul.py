@@ -12,6 +12,7 @@ from quarot_fx.bench.timing import copies, microseconds
 from quarot_fx.lowering.triton.int_linear import int_linear
 from quarot_fx.lowering.triton.quantize_activation import quantize_activation
 from quarot_fx.lowering.triton.tiles import Launch
+from quarot_fx.ops.affine import WEIGHT_SCALE
 from quarot_fx.ops.pack_weight import packed_width
 
 SCHEME = (4, None, 0.9, True, torch.int8)  # of activations under the default options: a row's codes, in a byte each
@@ -23,7 +24,7 @@ class Quantized:
     def __init__(self, rows: int, columns: int) -> None:
         width = packed_width(columns, 4)
         self.weights = copies(lambda: torch.randint(0, 256, (rows, width), dtype=torch.uint8, device="cuda"))
-        self.scale = torch.rand(rows, 1, device="cuda") * 0.01
+        self.scale = (torch.rand(rows, 1, device="cuda") * 0.01).to(WEIGHT_SCALE)
 
     @staticmethod
     def quantize(x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:

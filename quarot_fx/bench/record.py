@@ -254,13 +254,40 @@ class MemoryUse:
         return f"{self.backend}, {self.cache_bits}-bit cache"
 
 
+@dataclass(frozen=True)
+class CalibrationTime:
+    """Time and memory of GPTQ on a model with random weights.
+
+    Attributes:
+        model: whose shape it has.
+        layers: how many decoder layers.
+        samples: sequences that it is calibrated on.
+        tokens: of each.
+        seconds: of it all, or ``None`` for the reason that there are none.
+        weight_bytes: of the model, before.
+        peak_bytes: allocated at once, the model among them.
+        is_measured: whether a model of so many layers was calibrated; if not, it follows from smaller ones.
+        reason: why there is no time.
+    """
+
+    model: str
+    layers: int
+    samples: int
+    tokens: int
+    seconds: float | None = None
+    weight_bytes: int | None = None
+    peak_bytes: int | None = None
+    is_measured: bool = True
+    reason: str | None = None
+
+
 @dataclass
 class Record:
     """The rows of every part that was run.
 
     Attributes:
         environment: the command, versions and the device.
-        matmul, peers, fused, attention, hadamard, gated, layers, models, memory: rows.
+        matmul, peers, fused, attention, hadamard, gated, layers, models, memory, calibration: rows.
     """
 
     environment: Mapping[str, Any]
@@ -273,6 +300,7 @@ class Record:
     layers: list[ModelTime] = field(default_factory=list)
     models: list[ModelTime] = field(default_factory=list)
     memory: list[MemoryUse] = field(default_factory=list)
+    calibration: list[CalibrationTime] = field(default_factory=list)
 
     def write(self, path: Path) -> None:
         """Write JSON, with what follows from the times next to them."""
@@ -308,6 +336,7 @@ KINDS: dict[str, type[Any]] = {
     "layers": ModelTime,
     "models": ModelTime,
     "memory": MemoryUse,
+    "calibration": CalibrationTime,
 }
 
 

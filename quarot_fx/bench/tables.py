@@ -10,6 +10,7 @@ from rich.text import Text
 
 from quarot_fx.bench.record import (
     AttentionTime,
+    CalibrationTime,
     FusedTime,
     GatedTime,
     HadamardTime,
@@ -45,6 +46,9 @@ def tables(record: Record) -> Iterator[RenderableType]:
         yield from _reasons(
             (f"{use.model} {use.sequences} x {use.tokens}, {use.way}", use.reason) for use in record.memory
         )
+    if record.calibration:
+        yield _calibration_table(record.calibration)
+        yield from _reasons((f"{time.model}, {time.layers} layers", time.reason) for time in record.calibration)
 
 
 def _table(title: str, names: Sequence[str], numbers: Sequence[str]) -> Table:
@@ -162,6 +166,18 @@ def _memory_table(uses: Sequence[MemoryUse]) -> Table:
         ratio = f"{use.total_tokens / baseline[use.model]:.2f}x" if id(use) in found and use.model in baseline else ""
         cells = (str(use.sequences), str(use.tokens), *map(_gibibytes, known), f"{use.total_tokens:,}", ratio)
         table.add_row(use.model, use.way, *cells)
+    return table
+
+
+def _calibration_table(times: Sequence[CalibrationTime]) -> Table:
+    numbers = ("layers", "samples", "tokens of each", "seconds", "weights", "peak")
+    table = _table(
+        "GPTQ of models with random weights; times of whole models follow from the others", ("model",), numbers
+    )
+    for t in times:
+        seconds = "-" if t.seconds is None else f"{t.seconds:.1f}" if t.is_measured else f"about {t.seconds:.0f}"
+        counts = (str(t.layers), str(t.samples), str(t.tokens))
+        table.add_row(t.model, *counts, seconds, _gibibytes(t.weight_bytes), _gibibytes(t.peak_bytes))
     return table
 
 

@@ -84,12 +84,14 @@ def calibrate(
         HessianError: a layer's inputs do not determine its Hessian, and damping is too small.
         CalibrationStateError: the folder holds another calibration's state.
         BitsBudgetError: the budget is too small.
+        OptionError: ``w_rounding`` is what :func:`quarot_fx.tune_scales` finds afterwards.
         NothingToCalibrateError: no weight is rounded by calibration under these options.
         NotOneGraphError: the model has graph breaks, or no parameters.
         UnboundParameterError: a parameter is on the meta device.
     """
     start = time.perf_counter()
     config = QuarotConfig.from_options({"w_rounding": "gptq", **options})
+    config.check_not_tuned()
     how = gptq if isinstance(gptq, GPTQOptions) else GPTQOptions.from_options(gptq)
     budget = None if bits_budget is None else Budget(bits_budget, tuple(bits_choices))
     tokens = calibration_tokens(data, tokenizer, samples, length, config.seed).to(device_of(model))

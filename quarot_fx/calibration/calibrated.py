@@ -25,7 +25,7 @@ class PackedCodes:
 
     Attributes:
         packed: uint8 [..., rows, bytes], as ``quarot::pack`` makes it.
-        scale, zero: [..., rows, groups]; zero points are an empty tensor if codes are symmetric.
+        scale, zero: bfloat16 and uint8 [..., rows, groups]; zero points are an empty tensor if codes are symmetric.
     """
 
     packed: Tensor

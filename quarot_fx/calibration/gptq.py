@@ -14,7 +14,7 @@ from quarot_fx.calibration.options import GPTQOptions
 from quarot_fx.calibration.rounded import Rounded, output_squares
 from quarot_fx.config import QuantScheme
 from quarot_fx.errors import HessianError
-from quarot_fx.ops.affine import decode, encode, group_count, scale_and_zero, split_groups
+from quarot_fx.ops.affine import WEIGHT_SCALE, decode, encode, group_count, split_groups, weight_scale_and_zero
 from quarot_fx.ops.clip_search import search_clip
 
 # What the ratios that change the weight itself least are multiplied by, and infinity for no clipping.
@@ -170,11 +170,11 @@ def _round_columns(
         columns[stop:].addmm_(inverse[start:stop, stop:].T, errors, alpha=-1)
     in_place = torch.empty_like(codes)
     in_place[places] = codes
-    return in_place.T.contiguous(), scales.scale, scales.zero
+    return in_place.T.contiguous(), scales.scale.to(WEIGHT_SCALE), scales.zero
 
 
 class _Scales:
-    """Scales and zero points [rows, groups], some of them known."""
+    """Scales and zero points [rows, groups], some of them known; scales in the weight's dtype, rounded."""
 
     def __init__(self, weight: Tensor, scheme: QuantScheme, count: int, clip_factor: float | Tensor) -> None:
         self.known: set[int] = set()
@@ -190,8 +190,8 @@ class _Scales:
         clip: float | Tensor | str = scheme.clip
         if isinstance(clip, str):
             clip = (search_clip(part, scheme.bits, group, scheme.symmetric) * self._clip_factor).clamp(max=1)
-        scale, zero = scale_and_zero(part, scheme.bits, group, clip, scheme.symmetric)
-        self.scale[:, chosen] = scale
+        scale, zero = weight_scale_and_zero(part, scheme.bits, group, clip, scheme.symmetric)
+        self.scale[:, chosen] = scale.to(self.scale.dtype)
         if self.zero is not None and zero is not None:
             self.zero[:, chosen] = zero
         self.known.update(chosen)

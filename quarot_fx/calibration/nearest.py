@@ -9,7 +9,7 @@ from quarot_fx.calibration.hessian import Hessian
 from quarot_fx.calibration.rounded import Rounded, output_squares
 from quarot_fx.calibration.weight_clips import search_output_clip
 from quarot_fx.config import QuantScheme
-from quarot_fx.ops.affine import decode, encode, scale_and_zero
+from quarot_fx.ops.affine import decode, encode, weight_scale_and_zero
 from quarot_fx.ops.clip_search import search_clip
 
 
@@ -29,7 +29,7 @@ def nearest_round(weight: Tensor, hessian: Hessian, scheme: QuantScheme) -> Roun
         ratios = search_output_clip(weight, matrix, scheme)
     else:
         ratios = search_clip(weight, bits, group, scheme.symmetric)
-    scale, zero = scale_and_zero(weight, bits, group, ratios, scheme.symmetric)
+    scale, zero = weight_scale_and_zero(weight, bits, group, ratios, scheme.symmetric)
     codes = encode(weight, scale, zero, bits)
     changes = output_squares(weight - decode(codes, scale, zero, weight.dtype), matrix)
     return Rounded(codes, scale, zero, 0.0, output_squares(weight, matrix), changes, changes)

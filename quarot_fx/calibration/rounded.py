@@ -15,7 +15,7 @@ class Rounded:
 
     Attributes:
         codes: int8 [rows, n], or uint8 where there are zero points.
-        scale, zero: [rows, groups]; no zero points if the scheme is symmetric.
+        scale, zero: bfloat16 and uint8 [rows, groups]; no zero points if the scheme is symmetric.
         damping: that the Hessian was given, if it was inverted.
         outputs: [rows]: the square of each output, summed over calibration data (and by 2/n).
         changes: [rows]: likewise of its change by rounding.

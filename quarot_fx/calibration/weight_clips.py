@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from quarot_fx.config import QuantScheme
-from quarot_fx.ops.affine import decode, encode, group_count, scale_and_zero, split_groups
+from quarot_fx.ops.affine import decode, encode, group_count, split_groups, weight_scale_and_zero
 from quarot_fx.ops.clip_search import RATIOS
 
 COARSE_RATIOS = RATIOS[::2]  # 1.00, 0.98, ... 0.22
@@ -50,7 +50,7 @@ def search_output_clip(weight: Tensor, hessian: Tensor, scheme: QuantScheme) -> 
 
 def rounded_at(rows: Tensor, scheme: QuantScheme, ratio: float) -> Tensor:
     """Return [..., n] rounded to nearest, with one scale for the last axis that clips it at a ratio."""
-    scale, zero = scale_and_zero(rows, scheme.bits, None, ratio, scheme.symmetric)
+    scale, zero = weight_scale_and_zero(rows, scheme.bits, None, ratio, scheme.symmetric)
     return decode(encode(rows, scale, zero, scheme.bits), scale, zero, rows.dtype)
 
 

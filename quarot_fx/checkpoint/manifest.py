@@ -17,7 +17,7 @@ import torch
 from quarot_fx.errors import CheckpointFormatError, CheckpointVersionError
 from quarot_fx.ops.pack import packed_size
 
-FORMAT = 1
+FORMAT = 2
 DTYPES = {  # by the name that safetensors has for each
     "F64": torch.float64,
     "F32": torch.float32,
@@ -100,7 +100,7 @@ class Codes:
     Attributes:
         how: the expression that they are the results of.
         packed: the tensor in a shard that ``quarot::pack`` made of the codes, uint8 [..., rows, bytes].
-        scale: float32 [..., rows, groups].
+        scale: bfloat16 [..., rows, groups].
         zero: uint8 [..., rows, groups]; ``None`` if codes are symmetric.
         bits: of a code.
         size: codes in a row.
@@ -254,7 +254,7 @@ class _Reader:
         rows = tensors[one.packed].shape[:-1]
         self._check_layout(one.packed, tensors, "U8", (*rows, packed_size(one.size, one.bits)))
         groups = tensors[one.scale].shape[-1:]
-        self._check_layout(one.scale, tensors, "F32", (*rows, *groups))
+        self._check_layout(one.scale, tensors, "BF16", (*rows, *groups))
         if one.zero is not None:
             self._check_layout(one.zero, tensors, "U8", (*rows, *groups))
         return one

@@ -49,7 +49,7 @@ def bench(
     parts: Annotated[
         list[str] | None,
         typer.Argument(
-            help="Any of matmul, fused, attention, hadamard, gated, layers, models, memory; all if none is named."
+            help="Any of matmul, fused, attention, hadamard, gated, layers, models, memory, calibration; all if none."
         ),
     ] = None,
     tokens: Annotated[str | None, typer.Option(help="Numbers separated by commas, instead of those of a part.")] = None,
@@ -57,11 +57,9 @@ def bench(
     peers: Annotated[
         str | None, typer.Option(help="Other libraries to measure with matmul, separated by commas; '' for none.")
     ] = None,
-    models: Annotated[str | None, typer.Option(help="Whose shape layers and models have, separated by commas.")] = None,
+    models: Annotated[str | None, typer.Option(help="Whose shape decoders have, separated by commas.")] = None,
     phases: Annotated[str | None, typer.Option(help="Of layers and models: prefill, decode or both.")] = None,
-    sequences: Annotated[
-        str | None, typer.Option(help="Of layers and models: how many run together, separated by commas.")
-    ] = None,
+    sequences: Annotated[str | None, typer.Option(help="Of decoders: how many run together, or GPTQ is given.")] = None,
     cache_bits: Annotated[
         str | None, typer.Option(help="Of the cache in decode, separated by commas; 16 is an ordinary one.")
     ] = None,
@@ -206,6 +204,20 @@ def _memory(choice: Choice) -> Rows:
     return rows()
 
 
+def _calibration(choice: Choice) -> Rows:
+    from quarot_fx.bench.calibration import SAMPLES, TOKENS, measure_calibration
+
+    shapes = _decoder_shapes(choice)
+
+    def rows() -> Rows:
+        sizes = itertools.product(choice.sequences or (SAMPLES,), choice.tokens or (TOKENS,))
+        for (name, shape), (samples, tokens) in itertools.product(shapes.items(), sizes):
+            times = measure_calibration(name, shape, samples, tokens, choice.options, "cuda")
+            yield from (("calibration", time) for time in times)
+
+    return rows()
+
+
 def _decoders(
     name: str,
     measure: Callable[[dict[str, DecoderShape], dict[str, Compile], Workload], Iterator[Any]],
@@ -251,6 +263,7 @@ PARTS: dict[str, Callable[[Choice], Rows]] = {
     "layers": _layers,
     "models": _models,
     "memory": _memory,
+    "calibration": _calibration,
 }
 
 

@@ -13,8 +13,8 @@ CalibrationText = Annotated[
     str | None,
     typer.Option(
         "--calibration",
-        help="What settings with -gptq, -learned, searched clip ratios or a budget of bits are calibrated on: a text "
-        "file, 'wikitext2', 'c4', ...",
+        help="What settings with -gptq, -learned, -tuned, searched clip ratios or a budget of bits are calibrated on: "
+        "a text file, 'wikitext2', 'c4', ...",
     ),
 ]
 CalibrationSamples = Annotated[int, typer.Option("--samples", min=1, help="Calibration windows.")]
@@ -23,6 +23,10 @@ GPTQAssignments = Annotated[
 ]
 LearningAssignments = Annotated[
     list[str] | None, typer.Option("--learning", metavar="NAME=VALUE", help="A field of LearningOptions: steps=200.")
+]
+
+TuningAssignments = Annotated[
+    list[str] | None, typer.Option("--tuning", metavar="NAME=VALUE", help="A field of TuningOptions: steps=300.")
 ]
 
 

@@ -18,6 +18,7 @@ from quarot_fx.cli.calibration import (
     CalibrationText,
     GPTQAssignments,
     LearningAssignments,
+    TuningAssignments,
     check_calibration_text,
 )
 from quarot_fx.cli.settings import (
@@ -28,6 +29,7 @@ from quarot_fx.cli.settings import (
     parse_learning_options,
     parse_options,
     parse_setting,
+    parse_tuning_options,
     split_settings,
 )
 from quarot_fx.errors import NotFoundError, OptionError, QuarotError
@@ -64,6 +66,7 @@ def evaluate(
     samples: CalibrationSamples = 128,
     gptq: GPTQAssignments = None,
     learning: LearningAssignments = None,
+    tuning: TuningAssignments = None,
     nested_backend: Annotated[str, typer.Option(help="What compiles the rewritten graph.")] = "eager",
     device: Annotated[str, typer.Option(help="cpu, cuda, ...")] = "cpu",
     json_file: Annotated[
@@ -74,6 +77,7 @@ def evaluate(
     """Measure perplexity, needles in a text, and zero-shot tasks under each setting, next to the float model's."""
     options = parse_options(option or ())
     gptq_options, learning_options = parse_gptq_options(gptq or ()), parse_learning_options(learning or ())
+    tuning_options = parse_tuning_options(tuning or ())
     chosen = _settings(settings, settings_file, options)
     if tasks is None and (include_path is not None or limit is not None):
         raise OptionError(name="tasks", value=None, reason="--include-path and --limit are about tasks: name some")
@@ -127,7 +131,7 @@ def evaluate(
         row: dict[str, Any] = {"setting": setting.name, "options": setting.options}
         try:
             if setting.needs_calibration and calibration_ids is not None:
-                prepared = prepare(network, setting, calibration_ids, gptq_options, learning_options)
+                prepared = prepare(network, setting, calibration_ids, gptq_options, learning_options, tuning_options)
                 setting = prepared.setting
                 row |= prepared.results()
             runnable = compile_model(network, setting, nested_backend)

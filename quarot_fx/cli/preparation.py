@@ -1,4 +1,4 @@
-"""What a setting takes before a model is compiled under it: learned rotations, and calibration."""
+"""What a setting takes before a model is compiled under it: learned rotations, calibration, and tuned scales."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
     from quarot_fx.calibration.report import Calibration
     from quarot_fx.learning.rotations import LearnedRotations
+    from quarot_fx.learning.tuned import TunedScales
 
 
 @dataclass(frozen=True)
@@ -23,6 +24,7 @@ class Prepared:
     setting: Setting
     learned: LearnedRotations | None
     calibration: Calibration | None
+    tuned: TunedScales | None
 
     def results(self) -> dict[str, Any]:
         """Return what was found, but for matrices and single weights, as JSON-able data."""
@@ -37,6 +39,8 @@ class Prepared:
             for name in ("inputs", "caches"):
                 if found := getattr(report, name):
                     results[name] = [asdict(one) for one in found]
+        if (tuned := self.tuned) is not None:
+            results |= {"tuning": asdict(tuned.tuning), "tuning_seconds": tuned.seconds, "held_out": tuned.held_out}
         return results
 
 
@@ -46,9 +50,11 @@ def prepare(
     token_ids: Tensor,
     gptq: Mapping[str, Any],
     learning: Mapping[str, Any],
+    tuning: Mapping[str, Any],
     state: Path | None = None,
 ) -> Prepared:
-    """Learn rotations for a model, if the setting says so, and calibrate what it leaves to calibration.
+    """Learn rotations for a model, if the setting says so, calibrate what it leaves to calibration, and tune scales, if
+    it says so.
 
     Args:
         model: in evaluation mode.
@@ -56,12 +62,13 @@ def prepare(
         token_ids: [n, length].
         gptq: options of GPTQ, which those of the setting overrule.
         learning: options of learning, likewise.
+        tuning: options of tuning, likewise.
         state: a folder to save calibration in, and to resume it from.
     """
     import quarot_fx
     from quarot_fx.config import QuarotConfig
 
-    learned = report = None
+    learned = report = tuned = None
     if setting.learning is not None:
         how = quarot_fx.LearningOptions.from_options({**learning, **setting.learning})
         learned = quarot_fx.learn_rotations(model, token_ids, learning=how, **(setting.options or {}))
@@ -71,4 +78,8 @@ def prepare(
         options = {"w_rounding": "nearest", **(setting.options or {})}
         report = quarot_fx.calibrate(model, token_ids, gptq=rounds, state=state, **setting.budget, **options)
         setting = replace(setting, options=report.options)
-    return Prepared(setting, learned, report)
+    if setting.tuning is not None:
+        steps = quarot_fx.TuningOptions.from_options({**tuning, **setting.tuning})
+        tuned = quarot_fx.tune_scales(model, token_ids, tuning=steps, **(setting.options or {}))
+        setting = replace(setting, options=tuned.options)
+    return Prepared(setting, learned, report, tuned)

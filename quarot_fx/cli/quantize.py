@@ -13,6 +13,7 @@ from quarot_fx.cli.calibration import (
     CalibrationText,
     GPTQAssignments,
     LearningAssignments,
+    TuningAssignments,
     check_calibration_text,
 )
 from quarot_fx.cli.settings import (
@@ -21,6 +22,7 @@ from quarot_fx.cli.settings import (
     parse_learning_options,
     parse_options,
     parse_setting,
+    parse_tuning_options,
 )
 from quarot_fx.errors import OptionError
 
@@ -35,6 +37,7 @@ def quantize(
     length: Annotated[int, typer.Option(min=2, help="Tokens in a calibration window.")] = 2048,
     gptq: GPTQAssignments = None,
     learning: LearningAssignments = None,
+    tuning: TuningAssignments = None,
     calibration_state: Annotated[
         Path | None, typer.Option(help="A folder that calibration is saved in step by step, and resumed from.")
     ] = None,
@@ -45,6 +48,7 @@ def quantize(
     """Quantise a model, and write what `quarot_fx.load` and `from_pretrained` read, with its tokenizer."""
     chosen = parse_setting(setting, parse_options(option or ()))
     gptq_options, learning_options = parse_gptq_options(gptq or ()), parse_learning_options(learning or ())
+    tuning_options = parse_tuning_options(tuning or ())
     if chosen.options is None:
         raise OptionError(name="setting", value=setting, reason="rewrites nothing; did you mean 'rotated'?")
     if dtype not in ("float32", "bfloat16", "float16"):
@@ -64,9 +68,11 @@ def quantize(
     if calibration is not None and chosen.needs_calibration:
         seed = chosen.options.get("seed", 0)
         token_ids = calibration_tokens(calibration, tokenizer, samples, length, seed)
-        prepared = prepare(network, chosen, token_ids, gptq_options, learning_options, calibration_state)
+        prepared = prepare(
+            network, chosen, token_ids, gptq_options, learning_options, tuning_options, calibration_state
+        )
         chosen = prepared.setting
-        for report in (prepared.learned, prepared.calibration):
+        for report in (prepared.learned, prepared.calibration, prepared.tuned):
             if report is not None:
                 Console().print(report)
     quarot_fx.save(network, folder, free_originals=True, max_shard_size=max_shard_size, **(chosen.options or {}))

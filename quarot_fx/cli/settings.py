@@ -1,5 +1,5 @@
 """Settings by name: ``float``, ``rotated``, ``W4A8KV4``, ``KV4``, ``W4A4KV4 without rotation``, ``W4A4KV4-gptq``,
-``W4A4KV4-learned-gptq``.
+``W4A4KV4-learned-gptq-tuned``.
 
 Options of one setting stand behind it in braces: ``W4A4KV4-gptq{w_group=64 act_order=True bits_budget=4.5}``.
 """
@@ -17,7 +17,7 @@ import typer
 from quarot_fx.calibration.options import GPTQOptions
 from quarot_fx.config import UNQUANTIZED_BITS, QuarotConfig
 from quarot_fx.errors import OptionError, UnknownOptionError
-from quarot_fx.learning.options import LearningOptions
+from quarot_fx.learning.options import LearningOptions, TuningOptions
 
 DEFAULT_SETTINGS = (
     "float",
@@ -30,7 +30,7 @@ DEFAULT_SETTINGS = (
 )
 _PATTERN = re.compile(
     r"((?:[WAKV]+\d+)+)(?:(?P<unrotated>-norot| without rotation)|(?P<learned>-learned| with learned rotations))?"
-    r"(?P<gptq>-gptq| with gptq)?(?:\{(?P<options>[^{}]*)\})?",
+    r"(?P<gptq>-gptq| with gptq)?(?P<tuned>-tuned| with tuned scales)?(?:\{(?P<options>[^{}]*)\})?",
     re.IGNORECASE,
 )
 
@@ -49,6 +49,7 @@ class Setting:
         options: of ``torch.compile(model, backend="quarot")``; ``None`` runs the model as it is.
         gptq: options of GPTQ, by which weights are rounded then; ``None`` rounds them to nearest.
         learning: options of learning rotations; ``None`` leaves them random.
+        tuning: options of tuning the scales of weights; ``None`` leaves them as rounding found them.
         budget: ``bits_budget`` and ``bits_choices`` of :func:`quarot_fx.calibrate`, if given.
     """
 
@@ -56,6 +57,7 @@ class Setting:
     options: Mapping[str, Any] | None
     gptq: Mapping[str, Any] | None = None
     learning: Mapping[str, Any] | None = None
+    tuning: Mapping[str, Any] | None = None
     budget: Mapping[str, Any] = field(default_factory=dict)
 
     @property
@@ -63,7 +65,7 @@ class Setting:
         """Whether something has to be found on a text first."""
         if self.options is None:
             return False
-        found = self.learning is not None or bool(self.budget)
+        found = self.learning is not None or self.tuning is not None or bool(self.budget)
         return found or QuarotConfig.from_options(self.options).needs_calibration
 
 
@@ -73,12 +75,12 @@ def split_settings(text: str) -> list[str]:
 
 
 def parse_setting(text: str, options: Mapping[str, Any] | None = None) -> Setting:
-    """Read a setting: letters and their bits, 16 for letters not named, perhaps ``-norot`` or ``-learned``, and
-    ``-gptq``, and options.
+    """Read a setting: letters and their bits, 16 for letters not named, perhaps ``-norot`` or ``-learned``, ``-gptq``
+    and ``-tuned``, and options. Those of tuning begin with ``tuning.``, as in ``{tuning.steps=300}``.
 
     Args:
-        text: such as ``W4A8KV4``, ``KV4``, ``W4A4KV4-norot``, ``W4A4KV4-learned-gptq``, ``rotated`` (all 16) or
-            ``float``.
+        text: such as ``W4A8KV4``, ``KV4``, ``W4A4KV4-norot``, ``W4A4KV4-learned-gptq``, ``W4-tuned``, ``rotated`` (all
+            16) or ``float``.
         options: of the backend, for every setting but ``float``; those in braces overrule them.
 
     Raises:
@@ -100,6 +102,8 @@ def parse_setting(text: str, options: Mapping[str, Any] | None = None) -> Settin
         raise OptionError(name="bits_choices", value=budget["bits_choices"], reason="goes with a bits_budget")
     of_gptq = {option: own.pop(option) for option in list(own) if match["gptq"] and option in _GPTQ_OPTIONS}
     of_learning = {option: own.pop(option) for option in list(own) if match["learned"] and option in _LEARNING_OPTIONS}
+    about_tuning = [option for option in own if match["tuned"] and option.startswith(TUNING)]
+    of_tuning = {option.removeprefix(TUNING): own.pop(option) for option in about_tuning}
     rotation = {"rotation": "none"} if match["unrotated"] else {}
     rounding = {"w_rounding": "gptq"} if match["gptq"] else {}
     setting = Setting(
@@ -107,15 +111,18 @@ def parse_setting(text: str, options: Mapping[str, Any] | None = None) -> Settin
         {**bits, **rotation, **rounding, **(options or {}), **own},
         of_gptq if match["gptq"] else None,
         of_learning if match["learned"] else None,
+        of_tuning if match["tuned"] else None,
         budget,
     )
     QuarotConfig.from_options(setting.options)
     GPTQOptions.from_options(setting.gptq)
     LearningOptions.from_options(setting.learning)
+    TuningOptions.from_options(setting.tuning)
     return setting
 
 
 BUDGET = ("bits_budget", "bits_choices")
+TUNING = "tuning."
 _GPTQ_OPTIONS = {field.name for field in fields(GPTQOptions)}
 _LEARNING_OPTIONS = {field.name for field in fields(LearningOptions)} - {"seed"}  # which is the backend's
 
@@ -153,6 +160,18 @@ def parse_learning_options(assignments: Iterable[str]) -> dict[str, Any]:
     """
     options = parse_assignments(assignments)
     LearningOptions.from_options(options)
+    return options
+
+
+def parse_tuning_options(assignments: Iterable[str]) -> dict[str, Any]:
+    """Read ``NAME=VALUE`` texts as options of tuning scales.
+
+    Raises:
+        OptionError: a text has no ``=``.
+        UnknownOptionError: a name is not a field of :class:`TuningOptions`.
+    """
+    options = parse_assignments(assignments)
+    TuningOptions.from_options(options)
     return options
 
 

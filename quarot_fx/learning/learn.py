@@ -4,24 +4,23 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from typing import Any
 
 import torch
 from torch import Tensor, fx
-from torch.utils._pytree import tree_leaves
 
 from quarot_fx.calibration.data import Data, calibration_tokens
 from quarot_fx.calibration.programs import Programs, capture_programs, device_of
 from quarot_fx.config import QuarotConfig
-from quarot_fx.errors import CalibrationDataError, LearningError, NothingToLearnError
+from quarot_fx.errors import CalibrationDataError, NothingToLearnError
 from quarot_fx.learning.cayley import CayleyAdam
 from quarot_fx.learning.losses import cross_entropy, divergence
-from quarot_fx.learning.network import RotatedNetwork
+from quarot_fx.learning.network import Network
 from quarot_fx.learning.options import LearningOptions
 from quarot_fx.learning.rotations import LearnedRotation, LearnedRotations
+from quarot_fx.learning.training import batches, cut, fast_products, gradients_of, network_of
 from quarot_fx.passes.quantize_embeddings import QuantizeEmbeddings
 from quarot_fx.passes.quantize_weights import QuantizeWeights
 from quarot_fx.progress import track
@@ -71,7 +70,7 @@ def learn_rotations(
     start = time.perf_counter()
     config = QuarotConfig.from_options(options)
     how = learning if isinstance(learning, LearningOptions) else LearningOptions.from_options(learning)
-    tokens = _cut(calibration_tokens(data, tokenizer, samples, length, config.seed), how.length).to(device_of(model))
+    tokens = cut(calibration_tokens(data, tokenizer, samples, length, config.seed), how.length).to(device_of(model))
     if len(tokens) < how.batch:
         reason = f"{len(tokens)} sequences are less than a batch of {how.batch}"
         raise CalibrationDataError(reason=reason, remedy="Give more, or a smaller batch.")
@@ -80,7 +79,7 @@ def learn_rotations(
     network, token_input = _network(programs, tokens, how)
     optimizer = CayleyAdam([Rotation.parse(name).matrix().to(tokens.device) for name, _ in free.values()])
     losses = []
-    for step, batch in enumerate(track(list(_batches(tokens, how)), "rotations")):
+    for step, batch in enumerate(track(list(batches(tokens, how.batch, how.steps, how.seed)), "rotations")):
         matrices = {number: q.float() for number, q in zip(free, optimizer.matrices, strict=True)}
         loss, gradients = _loss(network, matrices, {token_input: batch}, batch, how.loss)
         optimizer.step(gradients, how.rate * (1 + math.cos(math.pi * step / how.steps)) / 2)
@@ -90,12 +89,6 @@ def learn_rotations(
         for matrix, (_, absorbed_by) in zip(optimizer.matrices, free.values(), strict=True)
     ]
     return LearnedRotations(learned, asdict(how), losses, time.perf_counter() - start)
-
-
-def _cut(tokens: Tensor, length: int | None) -> Tensor:
-    """Return sequences [n, length] in as many pieces as they have, without their ends that fill none."""
-    pieces = 1 if length is None else max(1, tokens.shape[1] // length)
-    return tokens if length is None else tokens[:, : pieces * length].reshape(len(tokens) * pieces, -1)
 
 
 def _free_bases(programs: Programs, options: LearningOptions) -> dict[int, tuple[str, tuple[str, ...]]]:
@@ -112,69 +105,27 @@ def _free_bases(programs: Programs, options: LearningOptions) -> dict[int, tuple
     return free
 
 
-def _network(programs: Programs, tokens: Tensor, options: LearningOptions) -> tuple[RotatedNetwork, fx.Node]:
+def _network(programs: Programs, tokens: Tensor, options: LearningOptions) -> tuple[Network, fx.Node]:
     """Return the quantised program as a function, and the node of its token ids."""
-    program = programs.quantized
-    logits = _logits(program.graph, tokens[: options.batch].shape)
-    token_input = programs.token_input(program)
-    inputs = {node: value for node, value in programs.inputs(program).items() if node is not token_input}
-    network = RotatedNetwork(program.graph, logits, inputs, options.recompute)
+    shape = tokens[: options.batch].shape
+    network, token_input = network_of(programs, programs.quantized, shape, options.recompute)
     if not network.quantizes():
         raise NothingToLearnError(reason="nothing is quantised under these options, so that all rotations are equal")
     return network, token_input
 
 
-def _logits(graph: fx.Graph, shape: torch.Size) -> fx.Node:
-    """Return the first output [batch, length, ...] of real numbers."""
-    (output,) = graph.find_nodes(op="output")
-    for node in tree_leaves(output.args):
-        val = node.meta.get("val") if isinstance(node, fx.Node) else None
-        if isinstance(val, Tensor) and val.is_floating_point() and val.ndim == 3 and val.shape[:2] == shape:
-            return node
-    reason = f"none of the graph's outputs is one of logits [{', '.join(map(str, shape))}, vocabulary]"
-    raise LearningError(reason=reason, remedy="Give a model that returns logits for every token.")
-
-
-def _batches(tokens: Tensor, options: LearningOptions) -> Iterator[Tensor]:
-    """Yield a batch for each step: all sequences in turn, each time in another order."""
-    generator, order = torch.Generator().manual_seed(options.seed), torch.empty(0, dtype=torch.int64)
-    for _ in range(options.steps):
-        if len(order) < options.batch:
-            order = torch.cat([order, torch.randperm(len(tokens), generator=generator)])
-        yield tokens[order[: options.batch].to(tokens.device)]
-        order = order[options.batch :]
-
-
 def _loss(
-    network: RotatedNetwork, matrices: Mapping[int, Tensor], varying: Mapping[fx.Node, Any], tokens: Tensor, kind: str
+    network: Network, matrices: Mapping[int, Tensor], varying: Mapping[fx.Node, Any], tokens: Tensor, kind: str
 ) -> tuple[float, list[Tensor]]:
     """Return the loss of a batch and its gradients by the matrices."""
-    with _fast_products():
+    with fast_products():
         expected = None
         if kind == "divergence":
             with torch.no_grad():
-                expected = network(matrices, varying, quantized=False)
+                expected = network(varying, matrices, quantized=False)
         with torch.enable_grad():
             leaves = {number: matrix.requires_grad_() for number, matrix in matrices.items()}
-            logits = network(leaves, varying)
+            logits = network(varying, leaves)
             loss = cross_entropy(logits, tokens) if expected is None else divergence(logits, expected)
-            if not loss.isfinite():
-                remedy = "Give a model in bfloat16 or float32, whose outputs are finite."
-                raise LearningError(reason=f"the loss is {loss.item()}", remedy=remedy)
-            try:
-                gradients = torch.autograd.grad(loss, list(leaves.values()), allow_unused=True, materialize_grads=True)
-            except NotImplementedError as error:
-                remedy = "Its rotations stay random: leave learned_rotations out."
-                raise LearningError(reason=f"an operator has no gradient: {error}", remedy=remedy) from error
-    return loss.item(), list(gradients)
-
-
-@contextmanager
-def _fast_products() -> Iterator[None]:
-    """Let float32 be multiplied as TF32 on a GPU: a gradient that rounding makes noisy needs no more."""
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("high")
-    try:
-        yield
-    finally:
-        torch.set_float32_matmul_precision(before)
+            gradients = gradients_of(loss, list(leaves.values()))
+    return loss.item(), gradients

@@ -1,4 +1,4 @@
-"""A rotated program as a differentiable function of its rotations, quantised or not.
+"""A program as a differentiable function of its rotations, or of any of its constants, quantised or not.
 
 Graphs are run by what ops declare as their references, so that gradients reach a rotation through every weight that
 absorbs it and every activation that is quantised after it. No module is hooked, and no layer known by its name.
@@ -25,10 +25,11 @@ from quarot_fx.rotation import Rotation
 quarot = torch.ops.quarot
 
 Values = dict[fx.Node, Any]
+NO_MATRICES: Mapping[int, Tensor] = {}
 
 
-class RotatedNetwork:
-    """A program, run with other matrices in the place of some rotations.
+class Network:
+    """A program, run with other matrices in the place of some rotations, or other values in the place of constants.
 
     Args:
         graph: rotated, with activations, caches and perhaps weights quantised; ``rotate`` says of its nodes to which
@@ -46,17 +47,20 @@ class RotatedNetwork:
         self._segments = segments(nodes, self._sources, [result]) if recompute else [nodes]
         self._passed = self._read_later()
 
-    def __call__(self, matrices: Mapping[int, Tensor], varying: Mapping[fx.Node, Any], quantized: bool = True) -> Any:
+    def __call__(
+        self, varying: Mapping[fx.Node, Any], matrices: Mapping[int, Tensor] = NO_MATRICES, quantized: bool = True
+    ) -> Any:
         """Return the value of the result.
 
         Args:
+            varying: values of the other placeholders, and of constants that are to have others than their own.
             matrices: of bases, by number, [order, order] each; all other rotations stay as they are.
-            varying: values of the other placeholders.
             quantized: round what the graph rounds; else compute what the float model does.
         """
-        values: Values = {**self._inputs, **varying}
+        given: Values = {**self._inputs, **varying}
+        values: Values = {}
         for nodes, passed in zip(self._segments, self._passed, strict=True):
-            run = partial(self._run_segment, nodes, passed, values, matrices, quantized)
+            run = partial(self._run_segment, nodes, passed, {**given, **values}, matrices, quantized)
             again = self._recompute and torch.is_grad_enabled()
             values = checkpoint(run, use_reentrant=False, preserve_rng_state=False) if again else run()
         return values[self._result]

@@ -1,4 +1,4 @@
-"""The options of learning rotations, as one frozen dataclass."""
+"""The options of learning rotations, and those of tuning scales, as a frozen dataclass each."""
 
 from __future__ import annotations
 
@@ -49,12 +49,7 @@ class LearningOptions:
     recompute: bool = True
 
     def __post_init__(self) -> None:
-        for name, least in (("steps", 1), ("batch", 1), ("length", 2), ("seed", 0)):
-            value = getattr(self, name)
-            if name == "length" and value is None:
-                continue
-            if not isinstance(value, int) or isinstance(value, bool) or value < least:
-                raise OptionError(name=name, value=value, reason=f"must be an integer, {least} or more")
+        _check_counts(self, steps=1, batch=1, length=2, seed=0)
         if isinstance(self.rate, bool) or not isinstance(self.rate, int | float) or not 0 < self.rate <= 1:
             raise OptionError(name="rate", value=self.rate, reason="must be an angle in (0, 1] radians")
         for name in ("heads", "recompute"):
@@ -70,3 +65,58 @@ class LearningOptions:
             UnknownOptionError: a name is not an option; the nearest one is suggested.
         """
         return from_mapping(cls, "option of learning", options)
+
+
+@dataclass(frozen=True)
+class TuningOptions:
+    """How scales of weights are tuned.
+
+    Attributes:
+        steps: of the optimiser, Adam.
+        batch: sequences in a step.
+        length: tokens of a sequence: longer ones are cut into several; ``None`` takes them as they are.
+        rate: the fraction that each scale changes by in the first steps, about; it falls to 0 along a cosine.
+        held_out: fraction of the sequences that nothing is tuned on, and that decide which scales are kept: the last
+            ones, at least a batch.
+        interval: steps between two looks at these.
+        seed: of the order of sequences.
+        recompute: compute most values again for the gradient, a piece of the graph at a time, instead of keeping them.
+
+    Raises:
+        OptionError: a value is out of range.
+    """
+
+    steps: int = 200
+    batch: int = 4
+    length: int | None = None
+    rate: float = 0.002
+    held_out: float = 0.125
+    interval: int = 20
+    seed: int = 0
+    recompute: bool = True
+
+    def __post_init__(self) -> None:
+        _check_counts(self, steps=1, batch=1, length=2, interval=1, seed=0)
+        for name in ("rate", "held_out"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < 1:
+                raise OptionError(name=name, value=value, reason="must be a fraction in (0, 1)")
+        check_flag("recompute", self.recompute)
+
+    @classmethod
+    def from_options(cls, options: Mapping[str, Any] | None) -> TuningOptions:
+        """Build options from a mapping.
+
+        Raises:
+            UnknownOptionError: a name is not an option; the nearest one is suggested.
+        """
+        return from_mapping(cls, "option of tuning", options)
+
+
+def _check_counts(options: Any, **least: int) -> None:
+    for name, smallest in least.items():
+        value = getattr(options, name)
+        if name == "length" and value is None:
+            continue
+        if not isinstance(value, int) or isinstance(value, bool) or value < smallest:
+            raise OptionError(name=name, value=value, reason=f"must be an integer, {smallest} or more")

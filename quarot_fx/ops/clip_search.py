@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from quarot_fx.ops.affine import asymmetric_scale, code_range, group_count, split_groups, symmetric_scale
+from quarot_fx.ops.affine import code_range, group_count, split_groups, weight_scale_and_zero
 
 RATIOS = tuple(1 - step / 100 for step in range(80))
 ERROR_NORM = 2.4
@@ -42,17 +42,16 @@ def search_clip(weight: Tensor, bits: int, group: int | None, symmetric: bool) -
 def _best_steps(rows: Tensor, bits: int, symmetric: bool) -> Tensor:
     """Return the index into ``RATIOS`` of the best ratio for every row of [rows, n], float32."""
     lowest, highest = code_range(bits, signed=symmetric)
-    zero: Any = 0  # the zero point, unlike the scale, is the same for all ratios
-    if symmetric:
-        scale = symmetric_scale(rows, bits)
-    else:
-        scale, zero = asymmetric_scale(rows, bits)
-        zero = zero.int()
+    extremes = torch.stack(rows.aminmax(dim=-1), -1)  # all that scales and zero points depend on
+    ratios = rows.new_tensor(RATIOS)[:, None, None]
+    scales, zeros = weight_scale_and_zero(extremes.expand(len(RATIOS), -1, -1), bits, None, ratios, symmetric)
     errors = rows.new_empty(len(RATIOS), len(rows))
     exact, error = torch.empty_like(rows), torch.empty_like(rows)
-    for ratio, total in zip(RATIOS, errors, strict=True):
-        torch.mul(rows, 1 / (scale * ratio), out=exact)
+    for step, scale in enumerate(scales.float()):
+        zero: Any = 0 if zeros is None else zeros[step].int()
+        torch.mul(rows, 1 / scale, out=exact)
         torch.round(exact, out=error).clamp_(lowest - zero, highest - zero).sub_(exact)
         error.square_().log2_().mul_(ERROR_NORM / 2).exp2_()  # |error|^2.4, at half the cost of pow
-        torch.sum(error, -1, out=total).mul_(ratio**ERROR_NORM)
-    return errors.argmin(0)
+        torch.sum(error, -1, out=errors[step])
+    relative = scales[..., 0].float() / scales[0, :, 0]
+    return errors.mul_(relative**ERROR_NORM).argmin(0)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from quarot_fx.errors import GroupSizeError, OptionError
+from quarot_fx.ops.affine import WEIGHT_SCALE
 from quarot_fx.ops.declaration import HALF_TOLERANCE, OpDeclaration, declare
 from quarot_fx.ops.pack_weight import NIBBLE_OFFSET, pack_weight, packed_width, weight_codes
 from quarot_fx.ops.quantize_activation import quantize_operand
@@ -33,10 +34,11 @@ def _reference(
 
     ``codes`` [..., n] are integers in int8 or float8_e4m3fn, as ``quantize_activation`` returns them with ``scale`` s,
     ``zero`` and ``sum`` [..., groups]; no ``zero`` means 0. ``weight`` [rows, width] is what ``pack_weight`` returns;
-    ``weight_scale`` t and ``weight_zero`` are [rows, weight groups]; no ``weight_zero`` means 8 for 4 bits (signed
-    codes) and 0 for 8. ``weight_sum``, int32 [rows, all groups], is the sum of weight - weight_zero over each group
-    that is one for both operands, needed where there is a ``zero``: with it and ``sum`` a kernel subtracts zero points
-    after the sum. ``residual`` is [..., rows]. The result is rounded once to ``dtype``, which is float32 at most.
+    ``weight_scale`` t, bfloat16 or float32, and ``weight_zero`` are [rows, weight groups]; no ``weight_zero`` means 8
+    for 4 bits (signed codes) and 0 for 8. ``weight_sum``, int32 [rows, all groups], is the sum of weight - weight_zero
+    over each group that is one for both operands, needed where there is a ``zero``: with it and ``sum`` a kernel
+    subtracts zero points after the sum. ``residual`` is [..., rows]. The result is rounded once to ``dtype``, which is
+    float32 at most.
 
     Raises:
         OptionError: the weight's width is not that of n codes.
@@ -134,6 +136,7 @@ def random_arguments(
     w = torch.randn(rows, n, generator=generator)
     w_codes, w_scale, w_zero, _ = quantize_operand(w, weight_bits, weight_group, 1.0, weight_symmetric, torch.int8)
     packed = pack_weight(w_codes, weight_bits)
+    w_scale = w_scale.to(WEIGHT_SCALE)
     offset = NIBBLE_OFFSET if weight_bits == 4 else 0
     w_zero = w_zero + offset
     groups = max(scale.shape[-1], w_scale.shape[-1])

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from quarot_fx.errors import NotCalibratedError
-from quarot_fx.ops.affine import encode, scale_and_zero
+from quarot_fx.ops.affine import WEIGHT_SCALE, encode, weight_scale_and_zero
 from quarot_fx.ops.clip_search import search_clip
 from quarot_fx.ops.declaration import OpDeclaration, declare
 from quarot_fx.ops.quantize_asymmetric import quantize_asymmetric
@@ -27,18 +27,18 @@ def _reference(
     rounding: str = "nearest",
     error: str = "weight",
 ) -> Codes:
-    """Return codes [..., n], float32 scale and zero point [..., n / group] of a weight [..., n], rounded to nearest.
+    """Return codes [..., n], bfloat16 scale and zero point [..., n / group] of a weight [..., n], rounded to nearest.
 
-    Codes are int8 with no zero points, an empty tensor, or uint8 with zero points in uint8. All is computed in float32.
-    ``clip=None`` finds the ratio with the least error of the weight, for every group. Any other rounding, and the ratio
-    with the least error of the output, follow from more than the weight: such codes are looked up where calibration
-    left them, see ``quarot_fx.calibration.calibrated``.
+    Codes are int8 with no zero points, an empty tensor, or uint8 with zero points in uint8. All is computed in float32,
+    from scales as they are stored. ``clip=None`` finds the ratio with the least error of the weight, for every group.
+    Any other rounding, and the ratio with the least error of the output, follow from more than the weight: such codes
+    are looked up where calibration left them, see ``quarot_fx.calibration.calibrated``.
     """
     if (rounding, error) != ("nearest", "weight"):
         raise NotCalibratedError(parameter="of this op", how=options_by_calibration(rounding, error))
     weight = weight.detach().float()
     ratio = search_clip(weight, bits, group, symmetric) if clip is None else clip
-    scale, zero = scale_and_zero(weight, bits, group, ratio, symmetric)
+    scale, zero = weight_scale_and_zero(weight, bits, group, ratio, symmetric)
     codes = encode(weight, scale, zero, bits)
     return codes.contiguous(), scale.contiguous(), _no_zero(weight) if zero is None else zero.contiguous()
 
@@ -64,7 +64,7 @@ def _fake(
 ) -> Codes:
     quantize = quantize_symmetric if symmetric else quantize_asymmetric
     codes, scale, *zero = quantize(weight.float(), bits, group)
-    return codes, scale, zero[0] if zero else _no_zero(weight)
+    return codes, scale.to(WEIGHT_SCALE), zero[0] if zero else _no_zero(weight)
 
 
 def _inputs(generator: torch.Generator) -> Iterator[tuple[Any, ...]]:
