@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -19,6 +20,7 @@ from quarot_fx.report import PassReport
 
 aten, quarot = torch.ops.aten, torch.ops.quarot
 TOKENS = 2  # the axis of a cache along which tokens are appended
+LAST = sys.maxsize  # the end of a slice that has none
 CACHE_AXES = 4  # batch, heads, tokens, and codes or groups
 
 
@@ -51,7 +53,7 @@ class Source:
 class FuseAppends(Pass):
     """``cache <- index_copy(cache, position, pack(quantize(rotate(x)))) -> append(cache, x, position)`` for codes,
     scale and zero point together; ``dequantize(quantize(rotate(x)))``, which a prompt attends to, is what
-    ``append_dequantize`` returns besides.
+    ``append_dequantize`` returns besides. A window takes the last tokens alone of a prompt that is longer.
 
     The op writes its inputs, so that readers of the cache stay behind it: no pass that moves them may come later.
     """
@@ -100,25 +102,36 @@ class FuseAppends(Pass):
 
 
 def _quantization_of(codes: fx.Node) -> fx.Node | None:
-    """Return the quantisation whose codes these are, all of them, or ``None`` if they are anything else."""
-    while codes.target is aten.slice.Tensor and _takes_all(codes):
+    """Return the quantisation whose codes these are, of the last tokens or all, or ``None`` if they are others."""
+    while _takes_last_tokens(codes):
         codes = codes.all_input_nodes[0]
     is_part = codes.target is operator.getitem and codes.args[1] == 0
     made = codes.all_input_nodes[0] if is_part else codes
     return made if made.target is quarot.quantize_asymmetric.default else None
 
 
-def _takes_all(view: fx.Node) -> bool:
-    return equal_sizes(value(view).shape, value(view.all_input_nodes[0]).shape)
+def _takes_last_tokens(view: fx.Node) -> bool:
+    """Whether a node is a slice of the last tokens, or of all."""
+    if view.target is not aten.slice.Tensor:
+        return False
+    if _is_whole(view, view.all_input_nodes[0]):
+        return True
+    ends, size = argument(view, "end"), value(view.all_input_nodes[0]).shape[TOKENS]
+    is_to_the_end = isinstance(ends, int) and isinstance(size, int) and ends >= size
+    return argument(view, "dim") == TOKENS and argument(view, "step") == 1 and (ends in (None, LAST) or is_to_the_end)
+
+
+def _is_whole(part: fx.Node, of: fx.Node) -> bool:
+    return equal_sizes(value(part).shape, value(of).shape)
 
 
 def _parts(quantized: fx.Node, index: int) -> list[fx.Node]:
-    """Return the nodes that are one result, codes, scale or zero, of a quantisation, slices of all of it among them."""
+    """Return the nodes that are one result, codes, scale or zero, of a quantisation, of the last tokens or all."""
     pending = [user for user in quantized.users if user.target is operator.getitem and user.args[1] == index]
     found: list[fx.Node] = []
     while pending:
         found.append(pending.pop())
-        pending += [user for user in found[-1].users if user.target is aten.slice.Tensor and _takes_all(user)]
+        pending += [user for user in found[-1].users if _takes_last_tokens(user)]
     return found
 
 
@@ -130,7 +143,7 @@ def _written(parts: list[fx.Node]) -> fx.Node | None:
 def _reads_of_codes(parts: list[list[fx.Node]]) -> Iterator[fx.Node]:
     """Yield the nodes that turn codes back into the numbers of the new tokens."""
     for user in (user for codes in parts[0] for user in codes.users):
-        is_read = user.target is quarot.dequantize.default
+        is_read = user.target is quarot.dequantize.default and _is_whole(argument(user, "codes"), parts[0][0])
         if is_read and argument(user, "scale") in parts[1] and argument(user, "zero") in parts[2]:
             yield user
 

@@ -24,6 +24,7 @@ from quarot_fx.linear_like import LinearLike, linear_likes
 from quarot_fx.observation import Observer, observe
 from quarot_fx.passes.pipeline import build_pipeline, run_pipeline, split_at_quantization
 from quarot_fx.passes.quantized import requantized
+from quarot_fx.printed import Printed
 from quarot_fx.program import Program
 from quarot_fx.report import CacheRecord, LinearRecord, without_index
 
@@ -76,7 +77,7 @@ class CacheSQNR:
 
 
 @dataclass(frozen=True)
-class SQNRReport:
+class SQNRReport(Printed):
     """Signal to quantisation noise of every linear layer and every cache, in the order in which they are computed.
 
     Attributes:
@@ -98,14 +99,6 @@ class SQNRReport:
         from rich.console import Group
 
         return Group(self._table(), self._summary())
-
-    def __str__(self) -> str:
-        from rich.console import Console
-
-        console = Console(width=120, no_color=True)
-        with console.capture() as capture:
-            console.print(self)
-        return capture.get()
 
     def _table(self) -> Table:
         table = _table("signal to quantisation noise, dB", *COLUMNS)

@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from quarot_fx.config import UNQUANTIZED_BITS
+from quarot_fx.printed import Printed
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -151,7 +152,7 @@ class Coverage:
 
 
 @dataclass
-class Report:
+class Report(Printed):
     """All that ``quarot_fx.explain`` tells.
 
     Attributes:
@@ -216,14 +217,6 @@ class Report:
                 f"weights: {before / 2**20:,.1f} MiB -> {after / 2**20:,.1f} MiB ({before / max(after, 1):.2f}x)"
             )
         return Group(*parts)
-
-    def __str__(self) -> str:
-        from rich.console import Console
-
-        console = Console(width=120, no_color=True)
-        with console.capture() as capture:
-            console.print(self)
-        return capture.get()
 
 
 def _passes_table(reports: list[PassReport]) -> Any:

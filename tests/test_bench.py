@@ -277,7 +277,7 @@ def compile_by():
     return {"bfloat16": partial(torch.compile, backend="eager", dynamic=False), "quarot": named["quarot"]}
 
 
-@pytest.mark.parametrize("backend", ["bfloat16", "quarot"])
+@pytest.mark.parametrize("backend", [pytest.param("bfloat16", marks=pytest.mark.slow), "quarot"])
 def test_a_model_is_one_graph_in_each_phase(compile_by, backend):
     times = list(measure_model("tiny", TINY, 2, backend, compile_by[backend], workload()))
     assert [time.phase for time in times] == ["prefill", "decode"]

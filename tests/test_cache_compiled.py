@@ -6,8 +6,9 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from caches import SimulatedCache, double_model, logits_in_chunks, make
+from caches import SimulatedCache, double_model, in_double, logits_in_chunks, make
 from models import random_token_ids
+from tiny_decoders import build as build_tiny
 from transformers import CompileConfig
 
 from quarot_fx import QuarotCache
@@ -73,6 +74,21 @@ def test_growing_cache(graphs):
     logits = logits_in_chunks(compiled, make("growing", model, ROOM), ids[:, : PAGE + 3], *sizes)
     assert_says_the_same(logits, model, ids)
     assert graphs() <= 4  # the prompt, a token, one that makes room, and one for any room
+
+
+@pytest.mark.parametrize(("name", "kind"), [("mpt", "growing"), ("biogpt", "static")])
+def test_models_that_take_the_number_of_tokens_for_a_size(name, kind, graphs):
+    """A tensor, as a static cache has it, is none: then the mask has to be given, as `generate` gives it."""
+    decoder = build_tiny(name)
+    model, ids = in_double(decoder.model), decoder.inputs["input_ids"]
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    cache, logits = make(kind, model, ROOM), []
+    with torch.no_grad():
+        for chunk in ids.split([PROMPT, 1, 1, ids.shape[1] - PROMPT - 2], dim=1):
+            mask = torch.ones(1, int(cache.get_seq_length()) + chunk.shape[1], dtype=torch.int64)
+            logits.append(compiled(chunk, attention_mask=mask, past_key_values=cache, use_cache=True).logits)
+        expected = model(ids, past_key_values=SimulatedCache(model), use_cache=True).logits
+    torch.testing.assert_close(torch.cat(logits, dim=1), expected, rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize("name", MODELS)

@@ -52,6 +52,17 @@ def test_options(options, kind):
     torch.testing.assert_close(logits, expected, rtol=0, atol=1e-6)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("size", [12, 20, 22, 80])
+def test_heads_of_any_size(size, kind):
+    """Of 22 elements there is no Hadamard matrix of whole heads."""
+    model = double_model("llama", head_dim=size)
+    ids = random_token_ids(1, LENGTH)
+    expected = logits_in_chunks(model, SimulatedCache(model), ids, LENGTH)
+    logits = logits_in_chunks(model, make(kind, model, ROOM), ids, 9, *(1,) * 7)
+    torch.testing.assert_close(logits, expected, rtol=0, atol=1e-6)
+
+
 def test_few_bits_differ_from_16_and_rotation_matters():
     """What the other tests compare is not all the same."""
     model = double_model("llama")

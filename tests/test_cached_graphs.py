@@ -8,7 +8,7 @@ from collections import Counter
 import pytest
 import torch
 from architectures import ARCHITECTURES, LAYERS, compile_model
-from caches import double_model, logits_in_chunks, make
+from caches import SimulatedCache, double_model, logits_in_chunks, make
 from models import random_token_ids
 from plans import readers_of_online_transforms
 from tiny_decoders import build as build_tiny
@@ -107,6 +107,10 @@ def test_logits_are_those_of_a_graph_without_a_cache(options, kind):
     assert_logits_are_those_without_a_cache(double_model("llama"), kind, **options)
 
 
+def test_logits_of_heads_whose_size_is_no_power_of_2():
+    assert_logits_are_those_without_a_cache(double_model("llama", head_dim=12, num_hidden_layers=1), "static")
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["static", "growing"])
 @pytest.mark.parametrize("name", [name for name in BY_NAME if name != "llama"])
@@ -160,6 +164,23 @@ def test_latent_attention():
     }
     assert all(one.is_identity for one in report.plan.given)
     assert max(one.difference for one in report.passes if one.name in ("place-rotations", "rotate")) < 1e-9
+
+
+@pytest.mark.slow
+def test_logits_of_latent_attention():
+    """They are those of a plain cache of what keys and values are made of, rounded: weights are the same with both.
+
+    A graph without a cache rounds others. There the gain of the norm before goes into the linear layer that makes keys
+    and values; a cache holds what comes between.
+    """
+    decoder = build_tiny("deepseek_v3")
+    model, ids = decoder.model.double(), decoder.inputs["input_ids"]
+    model.set_experts_implementation("batched_mm")
+    sizes = ids.shape[1] - 1, 1
+    logits = logits_in_chunks(compile_model(model), make("static", model, ROOM), ids, *sizes)
+    torch._dynamo.reset()
+    expected = logits_in_chunks(compile_model(model, kv_bits=16), SimulatedCache(model), ids, ids.shape[1])
+    assert relative_difference([logits], [expected]) < 1e-6
 
 
 def test_an_unrotated_cache_stays_so():

@@ -84,7 +84,7 @@ def test_codes_are_the_textbooks(scheme, group_scales, act_order, block_size):
         block_size = 2  # scales are found when a block begins: a group has to begin with one
         act_order = False
     weight, hessian = problem()
-    options = GPTQOptions(block_size=block_size, act_order=act_order, group_scales=group_scales)
+    options = GPTQOptions(block_size=block_size, act_order=act_order, group_scales=group_scales, sweeps=0)
     rounded = gptq_round(weight, hessian, SCHEMES[scheme], options)
     assert torch.equal(rounded.codes.long(), textbook(weight, hessian.matrix, SCHEMES[scheme], options))
     nearest = encode(weight, rounded.scale, rounded.zero, SCHEMES[scheme].bits)
@@ -97,9 +97,8 @@ def test_independent_inputs_are_rounded_to_nearest(seed, scheme, act_order):
     weight, _ = problem(seed)
     sizes = torch.rand(SIZE, generator=torch.Generator().manual_seed(seed)) + 0.1
     bits, group, symmetric, clip = SCHEMES[scheme].__dict__.values()
-    rounded = gptq_round(
-        weight.float(), hessian_of(torch.diag(sizes)), SCHEMES[scheme], GPTQOptions(act_order=act_order)
-    )
+    options = GPTQOptions(act_order=act_order, sweeps=0)
+    rounded = gptq_round(weight.float(), hessian_of(torch.diag(sizes)), SCHEMES[scheme], options)
     codes, scale, zero = quantize_weight(weight.float(), bits, group, None if clip == "search" else clip, symmetric)
     assert torch.equal(rounded.codes, codes)
     assert torch.equal(rounded.scale, scale)
@@ -124,7 +123,7 @@ def test_with_act_order_the_order_of_the_inputs_does_not_matter(seed):
     shuffle = torch.randperm(SIZE, generator=torch.Generator().manual_seed(seed))
     shuffled = Hessian(SIZE, weight.device)
     shuffled._moments, shuffled.rows = hessian._moments[shuffle][:, shuffle], hessian.rows
-    options, scheme = GPTQOptions(act_order=True, block_size=5), SCHEMES["symmetric"]
+    options, scheme = GPTQOptions(act_order=True, block_size=5, sweeps=0), SCHEMES["symmetric"]
     expected = gptq_round(weight, hessian, scheme, options).codes[:, shuffle]
     assert torch.equal(gptq_round(weight[:, shuffle], shuffled, scheme, options).codes, expected)
 
@@ -248,6 +247,7 @@ def test_a_target_that_is_reached_changes_nothing():
     ("options", "error", "message"),
     [
         ({"block_size": 0}, OptionError, "block_size=0: must be a positive integer"),
+        ({"sweeps": -1}, OptionError, "sweeps=-1: must be an integer, 0 or more"),
         ({"damping": -1}, OptionError, "damping=-1: must be a finite number"),
         ({"act_order": 1}, OptionError, "act_order=1: must be True or False"),
         ({"target": "modle"}, UnknownOptionError, "Did you mean 'model'"),

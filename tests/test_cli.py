@@ -17,18 +17,17 @@ from transformers import AutoTokenizer
 from typer.testing import CliRunner
 
 import quarot_fx
+from quarot_fx.calibration.options import GPTQOptions
 from quarot_fx.cli import app
 from quarot_fx.cli.perplexity import measure
 from quarot_fx.cli.settings import (
     DEFAULT_SETTINGS,
-    parse_gptq_options,
-    parse_learning_options,
     parse_options,
     parse_setting,
-    parse_tuning_options,
     split_settings,
 )
 from quarot_fx.errors import NotFoundError, OptionError, UnknownOptionError
+from quarot_fx.learning.options import LearningOptions, TuningOptions
 from quarot_fx.progress import track
 from quarot_fx.text import read_text, split_windows
 
@@ -79,7 +78,7 @@ def test_gptq_and_options_of_one_setting():
     setting = parse_setting("W4-norot-gptq{act_order=True w_group=64 target=model}", {"w_group": 32, "w_sym": False})
     assert setting.gptq == {"act_order": True, "target": "model"}
     assert {"w_group": 64, "w_sym": False, "rotation": "none"}.items() <= setting.options.items()
-    assert parse_gptq_options(["damping=0.1", "target=model"]) == {"damping": 0.1, "target": "model"}
+    assert parse_options(["damping=0.1", "target=model"], GPTQOptions) == {"damping": 0.1, "target": "model"}
 
 
 def test_a_budget_and_clip_ratios_of_one_setting():
@@ -106,13 +105,13 @@ def test_learned_rotations_of_one_setting():
     assert setting.learning == {"steps": 5, "loss": "cross-entropy"}
     assert setting.gptq == {"target": "model"}
     assert {"a_group": 64, "seed": 1}.items() <= setting.options.items()
-    assert parse_learning_options(["steps=5", "heads=False"]) == {"steps": 5, "heads": False}
+    assert parse_options(["steps=5", "heads=False"], LearningOptions) == {"steps": 5, "heads": False}
     with pytest.raises(OptionError, match="steps=0"):
         parse_setting("W4A4-learned{steps=0}")
     with pytest.raises(UnknownOptionError, match="unknown option 'steps'"):
         parse_setting("W4A4{steps=5}")
     with pytest.raises(UnknownOptionError, match="Did you mean 'batch'"):
-        parse_learning_options(["batches=5"])
+        parse_options(["batches=5"], LearningOptions)
     with pytest.raises(UnknownOptionError, match="unknown setting"):
         parse_setting("W4A4-norot-learned")
 
@@ -124,13 +123,13 @@ def test_tuned_scales_of_one_setting():
     assert parse_setting("W4-tuned").needs_calibration
     setting = parse_setting("W4A4-learned-gptq-tuned{steps=5 tuning.steps=7 tuning.rate=0.01 a_group=64}")
     assert (setting.learning, setting.gptq, setting.tuning) == ({"steps": 5}, {}, {"steps": 7, "rate": 0.01})
-    assert parse_tuning_options(["steps=5", "length=64"]) == {"steps": 5, "length": 64}
+    assert parse_options(["steps=5", "length=64"], TuningOptions) == {"steps": 5, "length": 64}
     with pytest.raises(OptionError, match="steps=0"):
         parse_setting("W4A4-tuned{tuning.steps=0}")
     with pytest.raises(UnknownOptionError, match=r"unknown option 'tuning\.steps'"):
         parse_setting("W4A4{tuning.steps=5}")
     with pytest.raises(UnknownOptionError, match="Did you mean 'batch'"):
-        parse_tuning_options(["batches=5"])
+        parse_options(["batches=5"], TuningOptions)
 
 
 def test_mistakes_in_settings_are_typed():
@@ -143,7 +142,7 @@ def test_mistakes_in_settings_are_typed():
     with pytest.raises(OptionError, match="NAME=VALUE"):
         parse_options(["kv_group"])
     with pytest.raises(UnknownOptionError, match="Did you mean 'act_order'"):
-        parse_gptq_options(["act_ordre=True"])
+        parse_options(["act_ordre=True"], GPTQOptions)
     with pytest.raises(OptionError, match="damping=-1"):
         parse_setting("W4-gptq{damping=-1}")
     with pytest.raises(OptionError, match="bits_choices=4: goes with a bits_budget"):
@@ -290,7 +289,7 @@ def test_eval_calibrates_on_a_text(tiny_folder, tmp_path):
     data = ("--calibration", "pydoc", "--samples", 5, "--gptq", "damping=0.1")
     run("eval", tiny_folder, *shape, *data, "--json", file)
     record = json.loads(file.read_text())
-    assert record["calibration"] == {"text": "pydoc", "samples": 5}
+    assert record["calibration"] == {"text": "pydoc", "samples": 5, "learning_samples": 5}
     of_float, of_gptq = record["results"]
     assert "gptq" not in of_float
     assert (of_gptq["gptq"]["act_order"], of_gptq["gptq"]["damping"]) == (True, 0.1)
@@ -298,6 +297,7 @@ def test_eval_calibrates_on_a_text(tiny_folder, tmp_path):
     assert of_gptq["ratio"] == pytest.approx(1, abs=0.2)
 
 
+@pytest.mark.slow
 def test_eval_searches_clip_ratios_and_bits(tiny_folder, tmp_path):
     names = "W4A4KV4{a_clip=output w_clip=output kv_clip=search},W4-gptq{bits_budget=5.5 bits_choices=(3,4,8)}"
     shape = ("--windows", 2, "--window-length", 16, "--settings", f"float,{names}", "--json", tmp_path / "out.json")
@@ -323,6 +323,10 @@ def test_eval_learns_rotations_on_a_text(tiny_folder, tmp_path):
     assert (learned["learning"]["steps"], learned["learning"]["batch"]) == (2, 2)
     assert len(learned["losses"]) == 2
     assert learned["perplexity"] != random["perplexity"]
+    run("eval", tiny_folder, *shape, *data, "--learning-samples", 2, "--json", file)
+    record = json.loads(file.read_text())
+    assert record["calibration"] == {"text": "pydoc", "samples": 5, "learning_samples": 2}
+    assert record["results"][1]["losses"] != learned["losses"]
 
 
 def test_eval_tunes_scales_on_a_text(tiny_folder, tmp_path):
@@ -381,7 +385,7 @@ def test_eval_writes_what_it_knows_after_every_setting(tiny_folder, tmp_path, mo
         return measure(model, *arguments)
 
     fail.calls, file = 0, tmp_path / "out.json"
-    monkeypatch.setattr("quarot_fx.cli.perplexity.measure", fail)
+    monkeypatch.setattr("quarot_fx.cli.windows.measure", fail)
     shape = ("--windows", 2, "--window-length", 16, "--settings", "float,W4A8")
     result = CliRunner().invoke(app, ["eval", str(tiny_folder), *map(str, shape), "--json", str(file)])
     assert result.exit_code != 0

@@ -90,6 +90,7 @@ def compiled_graphs(monkeypatch):
     return recorded
 
 
+@pytest.mark.slow
 def test_sizes_may_change_and_so_may_numbers_of_modules(graphs, compiled_graphs):
     model = BY_NAME["llama"].build()
     simulated = compile_model(model, dynamic=True, kernels="none", **OPTIONS)

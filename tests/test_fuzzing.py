@@ -67,7 +67,7 @@ def passes_every_basis_on(op: Operator) -> None:
     [
         pytest.param([aten.silu.default, aten.gelu.default, aten.relu.default], id="activations"),
         pytest.param([aten.mul.Tensor], id="products"),
-        pytest.param([aten.add.Tensor, aten.sub.Tensor], id="sums"),
+        pytest.param([aten.add.Tensor, aten.sub.Tensor], id="sums", marks=pytest.mark.slow),
     ],
 )
 def test_a_wrong_rule_is_found(operators: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,7 +8,7 @@ from functools import partial
 
 import pytest
 import torch
-from caches import SimulatedCache, double_model, make
+from caches import SimulatedCache, double_model, logits_in_chunks, make
 from models import random_token_ids
 from transformers import CompileConfig
 
@@ -108,7 +108,8 @@ def test_assisted_by_the_prompt(graphs):
     assert counts[0] == counts[1]
 
 
-@pytest.mark.parametrize("seed", [1, pytest.param(0, marks=pytest.mark.slow)], ids=["of other weights", "its twin"])
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", [1, 0], ids=["of other weights", "its twin"])
 def test_assisted_by_a_compiled_model(seed, graphs):
     """A draft model with a cache of its own, compiled too: what it proposes changes no token."""
     ids = random_token_ids(1, PROMPT)
@@ -143,6 +144,35 @@ def test_streaming():
     model, ids, streamer = compiled("llama"), random_token_ids(1, PROMPT), Streamer()
     out = generate(model, ids, past_key_values=make("static", model, ROOM), streamer=streamer)
     assert streamer.tokens == [*out.sequences[0].tolist(), "end"]
+
+
+def test_one_prefix_for_several_requests(graphs):
+    """What the packed cache holds of a prefix is read by every request, and what a request adds is taken back."""
+    prefix = random_token_ids(1, PROMPT)
+    requests = [torch.cat((prefix, random_token_ids(1, 3, seed=seed)), dim=1) for seed in (1, 2)]
+    expected = [generate(compiled("llama"), ids, use_cache=False) for ids in requests]
+    model, counts = compiled("llama"), []
+    cache = make("static", model, ROOM)
+    with torch.no_grad():
+        model(prefix, past_key_values=cache)
+    for ids, out in zip(requests, expected, strict=True):
+        assert_same(generate(model, ids, past_key_values=cache), out)
+        cache.crop(int(PROMPT - cache.get_seq_length()))
+        counts.append(graphs())
+    assert counts[0] == counts[1]
+
+
+@pytest.mark.parametrize("first", ["compiled", "uncompiled"])
+def test_a_cache_that_one_writes_and_the_other_reads(first):
+    """A model as it is and a compiled one hold keys and values in one basis; only the cache is in few bits here."""
+    model, ids = double_model("llama", **ONE), random_token_ids(1, PROMPT + 2)
+    fast = torch.compile(model, backend="quarot", options={"nested_backend": "eager", "w_bits": 16, "a_bits": 16})
+    writer, reader = (fast, model) if first == "compiled" else (model, fast)
+    cache = make("static", model, ROOM)
+    logits = [logits_in_chunks(writer, cache, ids[:, :PROMPT], PROMPT)]
+    logits.append(logits_in_chunks(reader, cache, ids[:, PROMPT:], 1, 1))
+    expected = logits_in_chunks(model, SimulatedCache(model), ids, PROMPT + 2)
+    torch.testing.assert_close(torch.cat(logits, dim=1), expected, rtol=0, atol=1e-6)
 
 
 # -- generate that compiles by itself --------------------------------------------------------------

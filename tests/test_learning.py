@@ -59,7 +59,7 @@ def babyllama():
     torch.manual_seed(0)
     begin = torch.full((64, 1), model.config.bos_token_id)
     tokens = model.generate(begin, do_sample=True, max_length=96, min_length=96, pad_token_id=0)
-    return model, tokens, learn(model, tokens[:40], {"steps": 30, "batch": 4, "rate": 0.1})
+    return model, tokens, learn(model, tokens[:40], {"steps": 30, "batch": 4, "rate": 0.1, "loss": "divergence"})
 
 
 def divergence(model, tokens, **options):
@@ -86,11 +86,11 @@ def test_the_loss_falls(babyllama):
 
 
 def test_a_trained_model_predicts_better_than_with_random_rotations(babyllama):
-    """On sequences that nothing was learned on, with weights in float, rounded to nearest and by GPTQ."""
+    """On sequences that nothing was learned on, with weights in float, as while it was learned, and rounded by GPTQ."""
     model, tokens, learned = babyllama
     test, known = tokens[40:], {"learned_rotations": learned}
     assert divergence(model, test, w_bits=16, **known) < 0.95 * divergence(model, test, w_bits=16)
-    assert perplexity(model, test, **known) < perplexity(model, test)
+    assert perplexity(model, test, w_bits=16, **known) < 0.98 * perplexity(model, test, w_bits=16)
     gptq = {"w_rounding": "gptq"}
     for options in ({}, known):
         quarot_fx.calibrate(model, tokens[:16], **options)
@@ -204,7 +204,7 @@ def test_the_stream_and_values_are_learned_and_what_runs_online_is_not(learned):
     assert {linear.reason for linear in free if linear.parameter != "head.weight"} == {"by a learned rotation"}
     assert f"rotations learned-{WIDTH}-* were learned (1 of them)" in str(report)
     assert f"learned-{WIDTH}-*" in str(rotations)
-    assert "divergence" in str(rotations)
+    assert "cross-entropy" in str(rotations)
 
 
 def test_values_may_stay_as_they_are():
@@ -213,7 +213,7 @@ def test_values_may_stay_as_they_are():
     assert [one.rotation.order for one in rotations] == [WIDTH]
 
 
-@pytest.mark.parametrize("learning", [{"loss": "cross-entropy"}, {"weights": "nearest"}, {"recompute": False}])
+@pytest.mark.parametrize("learning", [{"loss": "divergence"}, {"weights": "nearest"}, {"recompute": False}])
 @pytest.mark.parametrize("options", [{}, {"a_group": 4, "w_group": 4, "a_sym": False, "w_sym": False, "kv_sym": True}])
 def test_every_option_learns(learning, options):
     learned = learn(fill(Decoder()), ids(), {**SHORT, **learning}, **options)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from graphs import Decoder, fill
+from torch import nn
 
 from quarot_fx.calibration.programs import capture_programs
 from quarot_fx.config import QuantScheme, QuarotConfig
@@ -12,6 +13,7 @@ from quarot_fx.graph import value
 from quarot_fx.learning.cayley import CayleyAdam
 from quarot_fx.learning.learn import OF_WEIGHTS, _free_bases, _network
 from quarot_fx.learning.losses import cross_entropy, divergence
+from quarot_fx.learning.network import attend_in_bfloat16
 from quarot_fx.learning.options import LearningOptions
 from quarot_fx.learning.segments import segments
 from quarot_fx.learning.straight_through import quantize_straight_through
@@ -51,6 +53,15 @@ def test_rounding_lets_gradients_pass_and_what_is_clipped_pulls_at_the_range():
         torch.testing.assert_close(gradient, torch.tensor([[0.0, 1.0, 0.0, -0.2 / 7]], dtype=torch.float64))
         (gradient,) = torch.autograd.grad(quantize_straight_through(x, clipped)[0, 3], x)
     torch.testing.assert_close(gradient, torch.tensor([[0.0, 0.0, 0.0, 3 / 7]], dtype=torch.float64))
+
+
+@pytest.mark.parametrize("mask", [None, torch.ones(5, 5, dtype=torch.bool).tril(), torch.zeros(5, 5)])
+def test_attention_in_bfloat16(mask):
+    query, key, value = (randn(1, 2, 5, 8, seed=seed, dtype=torch.float32) for seed in range(3))
+    expected = nn.functional.scaled_dot_product_attention(query, key, value, mask, scale=0.5)
+    actual = attend_in_bfloat16((query, key, value, mask), {"scale": 0.5})
+    assert actual.dtype == torch.float32
+    torch.testing.assert_close(actual, expected, atol=0.02, rtol=0.02)
 
 
 # -- steps ---------------------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from types import SimpleNamespace
 
 import pytest
@@ -12,7 +13,7 @@ from test_cli import run
 
 from quarot_fx.cache.options import CacheOptions
 from quarot_fx.cli.chunks import InChunks
-from quarot_fx.cli.needles import Needles, parse_lengths
+from quarot_fx.cli.needles import WORDS, Needles, parse_lengths
 from quarot_fx.errors import OptionError
 from quarot_fx.text import read_text
 
@@ -33,29 +34,41 @@ def test_where_needles_are(length):
     assert [one.depth for one in hidden] == [0.125, 0.375, 0.625, 0.875]
     assert len(set(texts)) == 4
     for one, text in zip(hidden, texts, strict=True):
-        answer = tokenizer.decode(one.token_ids[0, -one.answer :])
-        assert text.count(f"{answer}.") == 1
-        assert text.endswith(f" is{answer}")
+        name, word = re.search(r"The secret word of ([\w ]+) is (\w+)\.", text).groups()
+        assert word == WORDS[one.word]
+        assert text.endswith(f"\n\nThe secret word of {name} is ")
+        assert text.count("secret") == 2
+        assert tokenizer.decode(one.answers) == "".join(word[0] for word in WORDS)
         around = length - text.count("\n\nThe secret") * 40
         assert abs(text.index("secret") - one.depth * around) < 20
-        assert answer[1:].isalpha()
 
 
-def test_a_needle_is_found_if_all_of_the_answer_is_the_likeliest():
+def test_a_word_leads_if_it_is_likelier_than_all_others():
+    """What is no word may be likelier."""
     (needle,) = needles(byte_tokenizer(), TEXT, (128,), 1).hidden(128)
+    wrong = needle.answers[needle.word - 1]
 
-    def knows(wrong):
+    def says(**scores):
         def model(input_ids, use_cache, logits_to_keep):
-            said = input_ids[:, 1:].clone()
-            said[:, list(wrong)] += 1
-            one_hot = torch.nn.functional.one_hot(torch.cat((said, said[:, -1:]), dim=1) % 256, 256).float()
-            return SimpleNamespace(logits=one_hot[:, -logits_to_keep:])
+            assert (use_cache, logits_to_keep) == (False, 1)
+            logits = torch.zeros(1, 1, 256)
+            logits[..., ord("!")] = 9
+            logits[..., needle.answers[needle.word]] = scores["right"]
+            logits[..., wrong] = scores["wrong"]
+            return SimpleNamespace(logits=logits)
 
         return model
 
-    assert needle.is_found_by(knows(()))
-    assert needle.is_found_by(knows(range(100)))
-    assert not any(needle.is_found_by(knows((-place,))) for place in range(1, needle.answer + 1))
+    assert needle.lead(says(right=3, wrong=1)) == (2, ord("!"))
+    assert needle.lead(says(right=3, wrong=-1)) == (3, ord("!"))
+    assert needle.lead(says(right=3, wrong=10)) == (-7, wrong)
+
+
+def test_words_that_a_tokenizer_writes_alike():
+    tokenizer = byte_tokenizer()
+    unknown = lambda text, **options: tokenizer("?" * len(text.split()), **options)  # noqa: E731
+    with pytest.raises(OptionError, match="the tokenizer writes two of these words alike"):
+        list(Needles("a text", "", torch.zeros(200, dtype=torch.int64), unknown, (128,), 1).hidden(128))
 
 
 def test_lengths():
@@ -73,32 +86,42 @@ def test_eval_looks_for_needles(tmp_path):
     arguments = ("--needles", "96,128", "--depths", 2, "--settings", "float,KV4", "--json", file)
     output = run("eval", folder, *arguments, "--chunk", 64)
     record = json.loads(file.read_text())
-    assert "0 of 2" in output  # the model is random
+    assert "of 2" in output
     assert record["needles"]["lengths"] == [96, 128]
     for row in record["results"]:
         assert [(one["length"], one["depth"]) for one in row["needles"]] == [
             (96, 0.25), (96, 0.75), (128, 0.25), (128, 0.75),
         ]  # fmt: skip
+        assert all(one["word"] in WORDS and one["found"] == (one["lead"] > 0) for one in row["needles"])
         assert "perplexity" not in row
     assert [row["cache"]["k_bits"] for row in record["results"]] == [16, 4]
 
 
-def found(length, depths, **options):
-    """Which needles SmolLM2 finds with a cache."""
+def leads(length, depths, **options):
+    """By how many nats SmolLM2, with a cache, finds each hidden word likelier than all others."""
     model, tokenizer = smollm2()
     reader = InChunks(model, model, CacheOptions(**options), 1024, room=length)
     rows = needles(tokenizer, read_text("pydoc"), (length,), depths).measure(reader, "")["needles"]
-    return [one["found"] for one in rows]
+    return torch.tensor([one["lead"] for one in rows])
 
 
 @pytest.mark.slow
-def test_smollm2_finds_with_4_bits_what_it_finds_with_16():
-    plain = found(512, 5, kv_bits=16)
-    assert sum(plain) >= 3
-    assert found(512, 5) == plain
+@pytest.mark.parametrize("length", [512, 2048])
+def test_smollm2_finds_with_4_bits_what_it_finds_with_16(length):
+    """All of ten words, by leads of several nats, which 4 bits hardly change. By chance it would find one."""
+    plain, few = leads(length, 10, kv_bits=16), leads(length, 10)
+    assert plain.min() > 4
+    assert few.min() > 4
+    assert (few - plain).abs().max() < 2
 
 
 @pytest.mark.slow
-def test_smollm2_finds_nothing_with_2_bits():
-    assert sum(found(512, 5, kv_bits=16)) == 5
-    assert sum(found(512, 5, kv_bits=2)) == 0
+def test_smollm2_loses_words_with_2_bits():
+    """What the test above asks is not what any cache gives."""
+    assert (leads(512, 10, kv_bits=2) > 0).sum() <= 6
+
+
+@pytest.mark.slow
+def test_smollm2_finds_nothing_that_is_not_there(monkeypatch):
+    monkeypatch.setattr("quarot_fx.cli.needles.NEEDLE", "\n\nThe secret word of {name} is hidden.\n\n")
+    assert (leads(512, 10, kv_bits=16) > 0).sum() <= 3

@@ -144,6 +144,41 @@ def test_one_token():
     assert report.matched == 1
 
 
+@pytest.mark.parametrize("is_read", [True, False])
+def test_a_window_stores_the_last_tokens(is_read):
+    """Of a prompt that is longer than it: all are quantised, and read, by the op that stores a few."""
+
+    def run(m, x, length, *held):
+        heads = embedded(m.a(x).unflatten(-1, (HEADS, SIZE)).transpose(1, 2))
+        codes, scale, zero = quarot.quantize_asymmetric(heads, 4, None, 0.95)
+        position = torch.arange(2) + length
+        for tensor, rows in zip(held, (codes, scale, zero), strict=True):
+            rows = rows[:, :, -2:]
+            tensor.index_copy_(2, position, quarot.pack(rows, 4) if rows.shape[-1] == SIZE else rows)
+        return quarot.dequantize(codes, scale, zero, torch.float32) if is_read else read(held)
+
+    result, report = fused(Lambda(run, a=linear(HEADS * SIZE)), count=5)
+    assert (report.matched, report.declined) == (1, [])
+    op = "append_dequantize" if is_read else "append"
+    assert node_named(result, f"quarot.{op}.default").args[4].meta["val"].shape == (2,)
+    assert not {"quantize_asymmetric", "pack", "rope_rotate", "index_copy"} & set(targets(result))
+
+
+@pytest.mark.parametrize("rows", [slice(2), slice(1, 3), slice(None, None, 2)], ids=str)
+def test_other_tokens_than_the_last_are_named(rows):
+    def run(m, x, length, *held):
+        heads = m.a(x).unflatten(-1, (HEADS, SIZE)).transpose(1, 2)
+        codes, scale, zero = quarot.quantize_asymmetric(heads, 4, None, 0.95)
+        position = torch.arange(2) + length
+        for tensor, part in zip(held, (quarot.pack(codes[:, :, rows], 4), scale, zero), strict=True):
+            tensor.index_copy_(2, position, part[:, :, -2:])
+
+    program = captured(Lambda(run, a=linear(HEADS * SIZE)), tokens(BATCH, 4, 16), torch.tensor(1), *cache())
+    result = FuseAppends(REFERENCE)(program)
+    assert reasons(result.reports[-1]) == ["codes that are stored are those of aten.slice.Tensor, not of new tokens"]
+    assert targets(result) == targets(program)
+
+
 def test_what_others_read_is_computed_for_them():
     scheme = Scheme(before=lambda x: quarot.rotate(x, ROTATION))
 

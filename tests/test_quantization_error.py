@@ -32,9 +32,9 @@ class TwoLinears(nn.Module):
         return self.b(torch.tanh(self.a(x)))
 
 
-def rounded(x):
+def rounded(x, scale_dtype=torch.float64):
     """Round the last axis to 4 bits, symmetric, one scale for all of it."""
-    scale = x.abs().amax(-1, keepdim=True) / 7
+    scale = (x.abs().amax(-1, keepdim=True) / 7).to(scale_dtype).to(x.dtype)
     return (x / scale).round() * scale
 
 
@@ -52,8 +52,9 @@ def test_ratios_are_those_computed_by_hand():
     assert [layer.linear.parameter for layer in report.layers] == list(entering)
     for layer, linear in zip(report.layers, (model.a, model.b), strict=True):
         x, weight = entering[layer.linear.parameter], linear.weight
-        expected, actual = linear(x), rounded(x) @ rounded(weight).T + linear.bias
-        assert layer.weight == pytest.approx(decibels(weight, rounded(weight)))
+        rounded_weight = rounded(weight, torch.bfloat16)
+        expected, actual = linear(x), rounded(x) @ rounded_weight.T + linear.bias
+        assert layer.weight == pytest.approx(decibels(weight, rounded_weight))
         assert layer.activation == pytest.approx(decibels(x, rounded(x)))
         assert layer.output == pytest.approx(decibels(expected, actual))
         torch.testing.assert_close(layer.ranges, x.abs().amax((0, 1)))

@@ -10,7 +10,6 @@ import torch
 from models import smollm2
 
 import quarot_fx
-from quarot_fx.cli.demo import generate
 from quarot_fx.cli.models import compile_model
 from quarot_fx.cli.perplexity import measure
 from quarot_fx.cli.settings import parse_setting
@@ -39,7 +38,7 @@ def test_rotation_alone_changes_nothing(perplexity):
 
 def test_four_bits_need_the_rotation(perplexity):
     assert perplexity("W4A4KV4") / perplexity("float") < 10
-    assert perplexity("W4A4KV4-norot") / perplexity("float") > 100
+    assert perplexity("W4A4KV4-norot{w_clip=1.0}") / perplexity("float") > 100  # no search, which takes its time
 
 
 @pytest.mark.slow
@@ -61,8 +60,14 @@ def test_the_plan_is_quarots():
 
 
 @pytest.mark.slow
-def test_eight_bits_answer_as_float_does():
+def test_eight_bits_say_what_float_says_where_it_is_sure():
+    """Where two tokens are nearly as likely, any rounding may tip it: an answer as a whole hangs on one such place."""
     model, tokenizer = smollm2()
-    question = "What is the capital of France?"
+    windows = split_windows(read_text("pydoc"), tokenizer, length=512, count=1)
     runnable = compile_model(model, parse_setting("W8A8KV8"), nested_backend="eager")
-    assert generate(runnable, tokenizer, question) == generate(model, tokenizer, question)
+    with torch.no_grad():
+        expected, said = (one(input_ids=windows, use_cache=False).logits[0] for one in (model, runnable))
+    likeliest, next_to_it = expected.topk(2).values.T
+    sure = likeliest - next_to_it > 1
+    assert sure.sum() > 200
+    assert (said.argmax(-1) == expected.argmax(-1))[sure].float().mean() > 0.98

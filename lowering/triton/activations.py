@@ -48,7 +48,7 @@ def activate(x, NAME: tl.constexpr, dtype: tl.constexpr):
     if NAME == "silu":
         y = _times_sigmoid(x, x, dtype)
     elif NAME == "sigmoid":
-        y = _times_sigmoid(tl.full(x.shape, 1.0, tl.float32), x, dtype)
+        y = _times_sigmoid(1.0, x, dtype)
     elif NAME == "relu":
         y = tl.maximum(x, 0.0)
     elif NAME == "relu_squared":

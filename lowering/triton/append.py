@@ -56,6 +56,7 @@ def _append_tile(
     y,
     heads,
     tokens,
+    skipped,
     capacity,
     norm,
     clip,
@@ -77,7 +78,10 @@ def _append_tile(
     TOKENS: tl.constexpr,
     EARLY: tl.constexpr,
 ):
-    """Take TOKENS of one head; a row of BLOCK elements has GROUP_BLOCKS groups, of which GROUPS hold the head."""
+    """Take TOKENS of one head; a row of BLOCK elements has GROUP_BLOCKS groups, of which GROUPS hold the head.
+
+    The first ``skipped`` tokens are not stored.
+    """
     SIZE: tl.constexpr = SCHEME[0]
     BLOCK: tl.constexpr = SCHEME[1]
     HALF_BLOCK: tl.constexpr = SCHEME[2]
@@ -95,7 +99,7 @@ def _append_tile(
     mask = (token < tokens)[:, None] & (column < SIZE)[None, :]
     wait_for_inputs(EARLY)
     let_dependents_start(EARLY)
-    place = tl.load(position + token, mask=token < tokens, other=-1)
+    place = tl.load(position + token - skipped, mask=(token >= skipped) & (token < tokens), other=-1)
     if cos is not None:
         angles = batch * stride_angles
         first, second = embedded_halves(head_at, token, tokens, stride_token, cos, sin, angles, SIZE, HALF_BLOCK)
@@ -185,8 +189,8 @@ class New:
         codes = self.words()
         return (
             x, cos, sin, matrix, self.position, codes, self.scale, self.zero, self.y,
-            heads, tokens, self.codes.shape[2], norm, self.clip, *x.stride()[:3], stride_angles,
-            *codes.stride()[:3], *self.scale.stride()[:3], *self.zero.stride()[:3],
+            heads, tokens, tokens - len(self.position), self.codes.shape[2], norm, self.clip,
+            *x.stride()[:3], stride_angles, *codes.stride()[:3], *self.scale.stride()[:3], *self.zero.stride()[:3],
         )  # fmt: skip
 
     def words(self) -> Tensor:

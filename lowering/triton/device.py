@@ -32,6 +32,11 @@ class Device:
         return self.capability >= HOPPER
 
     @property
+    def has_wgmma(self) -> bool:
+        """Whether groups of four warps multiply together, from shared memory, as on Hopper alone."""
+        return self.capability[0] == HOPPER[0]
+
+    @property
     def starts_early(self) -> bool:
         """Whether a kernel may be started before the one ahead of it has ended (programmatic dependent launch)."""
         return self.capability >= HOPPER

@@ -1,4 +1,7 @@
-"""``quarot::int_linear`` by the kernel that fits the number of tokens: ``int_gemv`` or ``int_matmul``."""
+"""``quarot::int_linear`` by the kernel that fits the number of tokens: ``int_gemv`` or ``int_matmul``.
+
+Of many tokens on Hopper it is ``int_matmul_hopper``, where the tables say so.
+"""
 
 from __future__ import annotations
 
@@ -14,6 +17,7 @@ from quarot_fx.lowering.triton import tiles
 from quarot_fx.lowering.triton.device import describe
 from quarot_fx.lowering.triton.int_gemv import _int_gemv
 from quarot_fx.lowering.triton.int_matmul import _add_parts, _int_matmul
+from quarot_fx.lowering.triton.int_matmul_hopper import FEWEST_TOKENS, fits, int_matmul_hopper
 from quarot_fx.ops.pack_weight import NIBBLE_OFFSET
 
 MOST_GEMV_TOKENS = 2
@@ -37,7 +41,8 @@ def int_linear(
 ) -> Tensor:
     """Return what the op declares, or with an ``activation`` what ``gated_int_linear`` does.
 
-    ``launch`` replaces the tile and the launch parameters that the tables give.
+    ``launch`` replaces the tile and the launch parameters that the tables give; those of ``int_matmul_hopper`` have
+    STAGES of their own.
     """
     size, rows = codes.shape[-1], weight.shape[0]
     results = rows if activation is None else rows // 2
@@ -52,10 +57,14 @@ def int_linear(
     kernel = "int_matmul_float8" if codes.dtype == torch.float8_e4m3fn else "int_matmul"
     if tokens <= MOST_GEMV_TOKENS and codes.dtype == torch.int8 and not grouped and size % 4 == 0:
         kernel = "int_gemv"
+    elif tokens >= FEWEST_TOKENS and fits(codes, scale, weight_scale, weight_bits, y):
+        kernel = "int_matmul_hopper"
     if launch is None:
         launch = tiles.nearest(kernel, codes.device, tokens=tokens, rows=rows, columns=size)
     if kernel == "int_gemv":
         _launch_gemv(codes, weight, tail, weight_bits, activation, dict(launch))
+    elif "STAGES" in launch:
+        int_matmul_hopper(codes, weight, tail[:-1], y, activation, dict(launch))
     else:
         _launch_matmul(codes, weight, tail, weight_bits, activation, dict(launch))
     return y

@@ -11,7 +11,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from quarot_fx.lowering.triton.activations import GATE_ROWS, activate
+from quarot_fx.lowering.triton.epilogue import finished, group_scales
 from quarot_fx.lowering.triton.language import let_dependents_start, prefetch, wait_for_inputs
 from quarot_fx.lowering.triton.packed_codes import high_codes_times_16, high_nibbles, low_codes_times_16, low_nibbles
 
@@ -54,29 +54,6 @@ def _multiply(weight, codes, accumulator, IS_FLOAT: tl.constexpr):
 
 
 @triton.jit
-def _scales(x_scale, w_scale, tokens, rows, k, SIZE: tl.constexpr, X_GROUP: tl.constexpr, W_GROUP: tl.constexpr):
-    """Return the scales [BLOCK_N, BLOCK_M] of the groups that k is in; an operand with one group counts as 1 here."""
-    k = tl.minimum(k, SIZE - 1)
-    scale = tl.full((rows.shape[0], tokens.shape[0]), 1.0, tl.float32)
-    if W_GROUP:
-        scale *= tl.load(w_scale + rows * (SIZE // W_GROUP) + k // W_GROUP).to(tl.float32)[:, None]
-    if X_GROUP:
-        scale *= tl.load(x_scale + tokens * (SIZE // X_GROUP) + k // X_GROUP)[None, :]
-    return scale
-
-
-@triton.jit
-def _gated(value, ACTIVATION: tl.constexpr, dtype: tl.constexpr):
-    """Return activation(gate) * up, [BLOCK_N / 2, BLOCK_M], of a tile whose rows belong to gate and up in turn.
-
-    A thread has both of a pair where the tensor cores left them: nothing moves.
-    """
-    in_turn = tl.reshape(value, (value.shape[0] // (2 * GATE_ROWS), 2, GATE_ROWS, value.shape[1]))
-    gate, up = tl.split(tl.permute(in_turn, (0, 2, 3, 1)))
-    return tl.reshape(activate(gate, ACTIVATION, dtype) * up, (value.shape[0] // 2, value.shape[1]))
-
-
-@triton.jit
 def _finish(
     product,
     token,
@@ -101,56 +78,40 @@ def _finish(
     ACTIVATION: tl.constexpr,
     TMA_STORE: tl.constexpr,
 ):
-    """Take zero points out of a product [BLOCK_N, BLOCK_M], scale it, add a bias, gate its rows by each other if there
-    is an ACTIVATION, add a residual, store it transposed.
-
-    The product is exact and whole if no operand is grouped, else already scaled by the scales of groups. It is that of
-    stored numbers less SUBTRACTED, times UNIT; their zero point is ``w_zero``, or IMPLIED_ZERO.
-    """
-    GROUPED: tl.constexpr = X_GROUP != 0 or W_GROUP != 0
-    GROUP: tl.constexpr = X_GROUP if X_GROUP != 0 else W_GROUP
-    GROUPS: tl.constexpr = SIZE // GROUP if GROUPED else 1
+    """Store what a product [BLOCK_N, BLOCK_M] becomes, transposed."""
     tokens, rows = token + tl.arange(0, product.shape[1]), row + tl.arange(0, product.shape[0])
-    token_at, row_at = tl.minimum(tokens, M - 1), tl.minimum(rows, N - 1)
-    if IMPLIED_ZERO != SUBTRACTED or w_zero is not None or x_zero is not None:
-        for group in range(GROUPS):
-            x_at = token_at * GROUPS + group if X_GROUP else token_at
-            w_at = row_at * GROUPS + group if W_GROUP else row_at
-            correction = tl.zeros(product.shape, product.dtype)
-            if w_zero is not None:
-                origin = (tl.load(w_zero + w_at) - SUBTRACTED).to(product.dtype)
-                correction += origin[:, None] * tl.load(x_sum + x_at).to(product.dtype)[None, :]
-            elif IMPLIED_ZERO != SUBTRACTED:
-                correction += ((IMPLIED_ZERO - SUBTRACTED) * tl.load(x_sum + x_at)).to(product.dtype)[None, :]
-            if x_zero is not None:
-                w_sums = tl.load(w_sum + row_at * GROUPS + group).to(product.dtype)
-                correction += w_sums[:, None] * tl.load(x_zero + x_at).to(product.dtype)[None, :]
-            if GROUPED:
-                at = group * GROUP
-                correction *= _scales(x_scale, w_scale, token_at, row_at, at, SIZE, X_GROUP, W_GROUP)
-            product -= correction
-    value = product.to(tl.float32)
-    if not GROUPED:
-        w_scales = tl.load(w_scale + row_at).to(tl.float32) * (1.0 / UNIT)
-        value *= w_scales[:, None] * tl.load(x_scale + token_at)[None, :]
-    elif not W_GROUP:
-        value *= tl.load(w_scale + row_at).to(tl.float32)[:, None]
-    elif not X_GROUP:
-        value *= tl.load(x_scale + token_at)[None, :]
-    if bias is not None:
-        value += tl.load(bias + row_at).to(tl.float32)[:, None]
+    dtype: tl.constexpr = y.dtype if TMA_STORE else y.dtype.element_ty
+    value = finished(
+        product,
+        tokens,
+        rows,
+        x_scale,
+        x_zero,
+        x_sum,
+        w_scale,
+        w_zero,
+        w_sum,
+        bias,
+        residual,
+        M,
+        N,
+        dtype,
+        SIZE,
+        IMPLIED_ZERO,
+        SUBTRACTED,
+        UNIT,
+        X_GROUP,
+        W_GROUP,
+        ACTIVATION,
+    )
     if ACTIVATION is not None:
-        value = _gated(value, ACTIVATION, y.dtype if TMA_STORE else y.dtype.element_ty)
         row, N = row // 2, N // 2
         rows = row + tl.arange(0, value.shape[0])
-    at = tokens.to(tl.int64)[None, :] * N + rows[:, None]
-    mask = (tokens < M)[None, :] & (rows < N)[:, None]
-    if residual is not None:
-        value += tl.load(residual + at, mask=mask, other=0).to(tl.float32)
     if TMA_STORE:
-        y.store([token, row], value.T.to(y.dtype))
+        y.store([token, row], value.T.to(dtype))
     else:
-        tl.store(y + at, value.to(y.dtype.element_ty), mask=mask)
+        at = tokens.to(tl.int64)[None, :] * N + rows[:, None]
+        tl.store(y + at, value.to(dtype), mask=(tokens < M)[None, :] & (rows < N)[:, None])
 
 
 @triton.jit(do_not_specialize=["M"])
@@ -222,7 +183,7 @@ def _int_matmul(
                 accumulator = _multiply(packed, codes, accumulator, IS_FLOAT)
             else:
                 part = _multiply(packed, codes, tl.zeros((BLOCK_N, BLOCK_M), PART), IS_FLOAT)
-                scale = _scales(x_scale, w_scale, token_at, row_at, column, SIZE, X_GROUP, W_GROUP)
+                scale = group_scales(x_scale, w_scale, token_at, row_at, column, SIZE, X_GROUP, W_GROUP)
                 accumulator += part.to(tl.float32) * scale
         else:
             k = step // STEPS_PER_BLOCK * (2 * BLOCK_BYTES) + step % STEPS_PER_BLOCK * BLOCK_K
@@ -236,7 +197,7 @@ def _int_matmul(
             else:
                 part = _multiply(low, low_codes, tl.zeros((BLOCK_N, BLOCK_M), PART), IS_FLOAT)
                 if GROUPED:
-                    scale = _scales(x_scale, w_scale, token_at, row_at, k, SIZE, X_GROUP, W_GROUP)
+                    scale = group_scales(x_scale, w_scale, token_at, row_at, k, SIZE, X_GROUP, W_GROUP)
                     accumulator += part.to(tl.float32) * scale
                 elif 2 * BLOCK_K > EXACT_CODES:
                     accumulator += part
@@ -245,7 +206,7 @@ def _int_matmul(
                 part = _multiply(high, high_codes, part, IS_FLOAT)
                 if GROUPED:
                     at = k + BLOCK_BYTES
-                    scale = _scales(x_scale, w_scale, token_at, row_at, at, SIZE, X_GROUP, W_GROUP)
+                    scale = group_scales(x_scale, w_scale, token_at, row_at, at, SIZE, X_GROUP, W_GROUP)
                     accumulator += part.to(tl.float32) * scale
                 else:
                     accumulator += part

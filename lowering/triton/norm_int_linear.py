@@ -103,7 +103,7 @@ def _norm_int_linear(
             following = rows_of_block(tl.minimum(first + index + 1, first + BLOCKS - 1), BLOCK_N, ACTIVATION)
             next_words, next_scales = _load_rows(w, w_scale, following, N, column, WORDS, EVEN)
         products = add_products(words, low_codes, high_codes, tl.broadcast_to(origin[None, :], (BLOCK_N, COLUMNS)))
-        value = tl.sum(products, axis=1).to(tl.float32) * (w_scales * step)
+        value = tl.sum(products, axis=1).to(tl.float32) * (w_scales.to(tl.float32) * step)
         if bias is not None:
             value += biases.to(tl.float32)
         if ACTIVATION is not None:

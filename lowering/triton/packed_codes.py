@@ -19,7 +19,7 @@ def low_codes_times_16(packed):
         result = ((packed << 4) ^ 0x80).to(tl.int8, bitcast=True)
     else:
         result = tl.inline_asm_elementwise(
-            "{ .reg .b32 t; shl.b32 t, $1, 4; and.b32 t, t, 0xF0F0F0F0; xor.b32 $0, t, 0x80808080; }",
+            "{ .reg .b32 t; shl.b32 t, $1, 4; lop3.b32 $0, t, 0xF0F0F0F0, 0x80808080, 0x6A; }",  # (a & b) ^ c
             "=r,r",
             [packed],
             dtype=tl.int8,
@@ -36,7 +36,7 @@ def high_codes_times_16(packed):
         result = ((packed & 0xF0) ^ 0x80).to(tl.int8, bitcast=True)
     else:
         result = tl.inline_asm_elementwise(
-            "{ .reg .b32 t; and.b32 t, $1, 0xF0F0F0F0; xor.b32 $0, t, 0x80808080; }",
+            "lop3.b32 $0, $1, 0xF0F0F0F0, 0x80808080, 0x6A;",  # (a & b) ^ c
             "=r,r",
             [packed],
             dtype=tl.int8,

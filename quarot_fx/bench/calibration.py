@@ -7,13 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
-from time import perf_counter
 from typing import Any
 
 import torch
 
 from quarot_fx.bench.memory import Memory
-from quarot_fx.bench.models import FEW_LAYERS, MORE_LAYERS, Workload, forgotten, random_model
+from quarot_fx.bench.models import FEW_LAYERS, MORE_LAYERS, Workload, forgotten, random_model, seconds
 from quarot_fx.bench.record import CalibrationTime
 from quarot_fx.bench.shapes import DecoderShape
 from quarot_fx.calibration.calibrate import calibrate
@@ -44,8 +43,8 @@ def whole_model(few: CalibrationTime, more: CalibrationTime, layers: int) -> Cal
     Memory is no such sum: activations of one layer wait at a time, and weights of all.
     """
     a_layer = (more.seconds - few.seconds) / (more.layers - few.layers)  # type: ignore[operator]
-    seconds = more.seconds + a_layer * (layers - more.layers)  # type: ignore[operator]
-    return replace(more, layers=layers, seconds=seconds, weight_bytes=None, peak_bytes=None, is_measured=False)
+    in_all = more.seconds + a_layer * (layers - more.layers)  # type: ignore[operator]
+    return replace(more, layers=layers, seconds=in_all, weight_bytes=None, peak_bytes=None, is_measured=False)
 
 
 def _calibrated(
@@ -57,10 +56,5 @@ def _calibrated(
         weights = memory.held()
         tokens = torch.randint(model.config.vocab_size, (blank.samples, blank.tokens), device=device)
         memory.peak()
-        started = perf_counter()
-        calibrate(model, tokens, **options)
-        if torch.device(device).type == "cuda":
-            torch.cuda.synchronize()
-        return replace(
-            blank, seconds=perf_counter() - started, weight_bytes=weights, peak_bytes=memory.peak()
-        )  # fmt: skip
+        taken = seconds(lambda: calibrate(model, tokens, **options), device)
+        return replace(blank, seconds=taken, weight_bytes=weights, peak_bytes=memory.peak())

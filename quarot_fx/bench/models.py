@@ -145,7 +145,7 @@ def _measured(blank: ModelTime, shape: DecoderShape, compile_model: Compile, wor
 
     counters.clear()
     memory.peak()
-    compile_seconds = _seconds(step, workload.device)
+    compile_seconds = seconds(step, workload.device)
     compile_peak = memory.peak()
     for _ in range(CALLS_BEFORE - 1):
         step()
@@ -229,7 +229,8 @@ def _forget() -> None:
         torch.cuda.empty_cache()
 
 
-def _seconds(step: Callable[[], object], device: str) -> float:
+def seconds(step: Callable[[], object], device: str) -> float:
+    """Return what one call takes, until the device has done all of it."""
     started = perf_counter()
     step()
     if torch.device(device).type == "cuda":

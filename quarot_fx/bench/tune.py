@@ -23,10 +23,12 @@ from quarot_fx.bench.attention import (
 from quarot_fx.bench.matmul import Quantized
 from quarot_fx.bench.timing import microseconds
 from quarot_fx.lowering.triton.attend_packed import MMA_COLUMNS
+from quarot_fx.lowering.triton.device import describe
 from quarot_fx.lowering.triton.int_linear import MOST_GEMV_TOKENS
+from quarot_fx.lowering.triton.int_matmul_hopper import FEWEST_TOKENS
 from quarot_fx.lowering.triton.rotation_matrices import SMALLEST_BLOCK
 
-TOKENS = (1, 2, 16, 32, 64, 128, 256, 512, 2048)
+TOKENS = (1, 2, 16, 32, 64, 128, 256, 512, 1024, 2048)
 COMPILERS = 12  # processes
 PROGRAMS = (1, 2, 3, 4)  # of attention, on a multiprocessor
 WARPS_AND_REGISTERS = ((16, 128), (12, 168), (8, 240))  # of a multiprocessor, and of a thread, that fit
@@ -42,15 +44,18 @@ def tune_matmul(shapes: Sequence[tuple[int, int]], tokens: Sequence[int] = TOKEN
         works = dict(
             zip(jobs, pool.map(_compilable, *zip(*((*job, c) for job, c in jobs.items()), strict=True)), strict=True)
         )
-    table: Table = {"int_gemv": [], "int_matmul": []}
+    table: Table = {"int_gemv": [], "int_matmul": [], "int_matmul_hopper": []}
     for rows, columns in shapes:
         layer = Quantized(rows, columns)
         for m in tokens:
             x = torch.randn(m, columns, device="cuda", dtype=torch.bfloat16)
-            launch = min(works[columns, m], key=lambda candidate: _time(layer, x, candidate))
-            kernel = "int_gemv" if m <= MOST_GEMV_TOKENS else "int_matmul"
-            table[kernel].append({"tokens": m, "rows": rows, "columns": columns, "launch": launch})
-    return table
+            best_first = sorted(works[columns, m], key=lambda candidate: _time(layer, x, candidate))
+            general = next(candidate for candidate in best_first if "STAGES" not in candidate)
+            sizes = {"tokens": m, "rows": rows, "columns": columns}
+            table["int_gemv" if m <= MOST_GEMV_TOKENS else "int_matmul"].append({**sizes, "launch": general})
+            if m >= FEWEST_TOKENS and describe(x.device).has_wgmma:
+                table["int_matmul_hopper"].append({**sizes, "launch": best_first[0]})
+    return {kernel: entries for kernel, entries in table.items() if entries}
 
 
 def candidates(tokens: int) -> list[Candidate]:
@@ -87,6 +92,14 @@ def _many(tokens: int) -> Iterator[Candidate]:
             yield _tile(64, 64, 128, 4, 4, SPLIT_K=split)
         for split in (2, 3, 4):
             yield _tile(128, 128, 64, 4, 3, SPLIT_K=split)
+    if tokens >= FEWEST_TOKENS and describe(torch.device("cuda")).has_wgmma:
+        yield from _of_hopper()
+
+
+def _of_hopper() -> Iterator[Candidate]:
+    for (block_n, block_m), raster in itertools.product(((256, 128), (128, 256), (128, 128), (256, 64)), (4, 8, 16)):
+        blocks = {"BLOCK_N": block_n, "BLOCK_M": block_m, "BLOCK_K": 64}
+        yield blocks | {"RASTER": raster, "STAGES": 5}
 
 
 def _tile(block_n: int, block_m: int, block_k: int, warps: int, stages: int, **rest: Any) -> Candidate:

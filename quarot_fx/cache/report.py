@@ -6,6 +6,8 @@ from collections import Counter
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
+from quarot_fx.printed import Printed
+
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
@@ -35,7 +37,7 @@ class LayerReport:
 
 
 @dataclass(frozen=True)
-class CacheReport:
+class CacheReport(Printed):
     """What a cache stores, layer by layer."""
 
     layers: tuple[LayerReport, ...]
@@ -84,14 +86,6 @@ class CacheReport:
         if self.uncompiled_tokens:
             lines.append(f"{self.uncompiled_tokens} tokens came from the model as it is, not from a compiled one")
         return Group(table, *lines)
-
-    def __str__(self) -> str:
-        from rich.console import Console
-
-        console = Console(width=120, no_color=True)
-        with console.capture() as capture:
-            console.print(self)
-        return capture.get()
 
     def summary(self) -> str:
         """Say it in a line: ``"24 x (1024 tokens), 4 x (LinearAttentionLayer); 3.4 MiB, in bfloat16 12.0 MiB"``."""

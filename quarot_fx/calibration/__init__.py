@@ -8,6 +8,7 @@
 ``products``    which rows of an input meet which matrix: one for all, or an expert's for each
 ``hessian``     what is to be known of these rows
 ``gptq``        the rounding itself, a function of a matrix and a Hessian; ``nearest``, likewise
+``descent``     what makes better codes and scales of those that GPTQ found
 ``rounded``     what comes of either, and what it changes
 ``weight_clips``, ``activation_clips``, ``cache_clips``  clip ratios that are searched for on the data
 ``bits``        widths of layers within a budget: ``sensitivity`` measures them, and ``knapsack`` chooses

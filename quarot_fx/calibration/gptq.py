@@ -1,14 +1,17 @@
 """GPTQ: columns are rounded one after another, and those to come make up for the errors so far (Frantar et al. 2022).
 
 With ``U^T U = H^-1``, U upper triangular, the best that the columns after i can do about an error e of column i is
-to change by ``-(e / U_ii) U_i,later``.
+to change by ``-(e / U_ii) U_i,later``. What comes of that is then improved by coordinate descent.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
+from quarot_fx.calibration.descent import descend
 from quarot_fx.calibration.hessian import Hessian, damped, inverse_factor, upper_factor
 from quarot_fx.calibration.options import GPTQOptions
 from quarot_fx.calibration.rounded import Rounded, output_squares
@@ -20,6 +23,23 @@ from quarot_fx.ops.clip_search import search_clip
 # What the ratios that change the weight itself least are multiplied by, and infinity for no clipping.
 CLIP_FACTORS = (1.0, 1.2, 1.1, 0.9, 0.8, 0.7, float("inf"))
 ELEMENTS_AT_ONCE = 2**28
+
+
+@dataclass(frozen=True)
+class _Inputs:
+    """What is known of a matrix's inputs.
+
+    Attributes:
+        moments: H, [n, n].
+        damped: likewise; ``None`` without any rows.
+        order: place in the order of rounding -> column; ``None`` is from left to right.
+        inverse: U, for the columns in that order.
+    """
+
+    moments: Tensor
+    damped: Tensor | None
+    order: Tensor | None
+    inverse: Tensor
 
 
 @torch.no_grad()
@@ -49,19 +69,20 @@ def gptq_round(
         weight = torch.where(dead, 0, weight)
     matrix.diagonal().masked_fill_(dead, 1)
     order = matrix.diagonal().argsort(descending=True, stable=True) if options.act_order else None
-    if order is not None:
-        matrix = matrix[order][:, order]
-    factor, damping = _factor(matrix, hessian.rows, options, name)
+    factor, damping = _factor(matrix if order is None else matrix[order][:, order], hessian.rows, options, name)
     if hessian.shifts is not None:
         weight = _towards_target(weight, hessian.shifts, factor, order)
-    inverse = inverse_factor(factor).to(weight.dtype)
-    if scheme.clip == "output":
-        codes, scale, zero = _round_at_best_clips(weight, inverse, scheme, options, order, hessian.matrix)
-    else:
-        codes, scale, zero = _round_columns(weight, inverse, scheme, options, order)
+    inputs = _Inputs(
+        hessian.matrix.to(weight.dtype),
+        damped(matrix, damping).to(weight.dtype) if hessian.rows else None,
+        order,
+        inverse_factor(factor).to(weight.dtype),
+    )
+    rounded = _round_at_best_clips if scheme.clip == "output" else _round
+    codes, scale, zero = rounded(weight, inputs, scheme, options)
     nearest = encode(weight, scale, zero, scheme.bits)
     changes = (weight - decode(one, scale, zero, weight.dtype) for one in (codes, nearest))
-    sums = [output_squares(one, hessian.matrix) for one in (weight, *changes)]
+    sums = [output_squares(one, inputs.moments) for one in (weight, *changes)]
     return Rounded(codes, scale, zero, damping, *sums)
 
 
@@ -105,12 +126,7 @@ def _towards_target(weight: Tensor, shifts: Tensor, factor: Tensor, order: Tenso
 
 
 def _round_at_best_clips(
-    weight: Tensor,
-    inverse: Tensor,
-    scheme: QuantScheme,
-    options: GPTQOptions,
-    order: Tensor | None,
-    hessian: Tensor,
+    weight: Tensor, inputs: _Inputs, scheme: QuantScheme, options: GPTQOptions
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Return the codes, scales and zero points of each row that change its output least, of all ``CLIP_FACTORS``."""
     found = []
@@ -118,32 +134,37 @@ def _round_at_best_clips(
     for part in weight.split(max(1, ELEMENTS_AT_ONCE // (len(factors) * weight.shape[1]))):
         copies = part.repeat(len(factors), 1)  # rows are rounded independently of each other: all at once
         of_copies = factors.repeat_interleave(len(part))[:, None]
-        codes, scale, zero = _round_columns(copies, inverse, scheme, options, order, of_copies)
-        changes = output_squares(copies - decode(codes, scale, zero, weight.dtype), hessian)
+        codes, scale, zero = _round(copies, inputs, scheme, options, of_copies)
+        changes = output_squares(copies - decode(codes, scale, zero, weight.dtype), inputs.moments)
         best = changes.view(len(factors), -1).argmin(0) * len(part) + torch.arange(len(part), device=weight.device)
         found.append((codes[best], scale[best], zero if zero is None else zero[best]))
     all_codes, scales, zeros = zip(*found, strict=True)
     return torch.cat(all_codes), torch.cat(scales), None if scheme.symmetric else torch.cat(zeros)
 
 
-def _round_columns(
-    weight: Tensor,
-    inverse: Tensor,
-    scheme: QuantScheme,
-    options: GPTQOptions,
-    order: Tensor | None,
-    clip_factor: float | Tensor = 1.0,
+def _round(
+    weight: Tensor, inputs: _Inputs, scheme: QuantScheme, options: GPTQOptions, clip_factor: float | Tensor = 1.0
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Return codes [rows, n], scale and zero point [rows, groups].
+    """Return codes [rows, n], scale and zero point [rows, groups], improved by as many sweeps as are asked for.
 
     Args:
         weight: [rows, n].
-        inverse: U, for the columns in the order in which they are rounded.
+        inputs: of the weight.
         scheme: of the codes.
         options: of GPTQ.
-        order: place in the order -> column; ``None`` is from left to right.
         clip_factor: of clip ratios that are searched for; one, or [rows, 1].
     """
+    codes, scale, zero = _round_columns(weight, inputs, scheme, options, clip_factor)
+    if options.sweeps and inputs.damped is not None:
+        how = (scheme.bits, options.sweeps, options.block_size)
+        codes, scale = descend(weight, inputs.damped, codes, scale, zero, *how)
+    return codes, scale, zero
+
+
+def _round_columns(
+    weight: Tensor, inputs: _Inputs, scheme: QuantScheme, options: GPTQOptions, clip_factor: float | Tensor
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    order, inverse = inputs.order, inputs.inverse
     size, count = weight.shape[1], group_count(weight, scheme.group)
     places = torch.arange(size, device=weight.device) if order is None else order
     groups = (places // (size // count)).tolist()  # of each column, in the order of rounding

@@ -1,4 +1,4 @@
-"""The options of GPTQ, as one frozen dataclass. Defaults are the papers' settings."""
+"""The options of GPTQ, as one frozen dataclass. With ``act_order=False, sweeps=0`` it is QuaRot's."""
 
 from __future__ import annotations
 
@@ -24,6 +24,8 @@ class GPTQOptions:
         max_damping: damping is multiplied by 10, up to this, where a Hessian needs more of it; ``None`` makes that an
             error.
         act_order: columns whose inputs are largest are rounded first.
+        sweeps: how often each code, and then each scale, is made the best one beside all others after that; 0 is GPTQ
+            as published.
         group_scales: of groups, where ``w_group`` asks for these: ``"dynamic"``, found when the first column of the
             group is reached, from weights that make up for the errors of all blocks before; or ``"static"``, from the
             weight as it was.
@@ -41,7 +43,8 @@ class GPTQOptions:
     block_size: int = 128
     damping: float = 0.01
     max_damping: float | None = None
-    act_order: bool = False
+    act_order: bool = True
+    sweeps: int = 4
     group_scales: str = "dynamic"
     quantized_inputs: bool = False
     target: str = "layer"
@@ -49,6 +52,8 @@ class GPTQOptions:
     def __post_init__(self) -> None:
         if not isinstance(self.block_size, int) or isinstance(self.block_size, bool) or self.block_size < 1:
             raise OptionError(name="block_size", value=self.block_size, reason="must be a positive integer")
+        if not isinstance(self.sweeps, int) or isinstance(self.sweeps, bool) or self.sweeps < 0:
+            raise OptionError(name="sweeps", value=self.sweeps, reason="must be an integer, 0 or more")
         for name in ("damping", "max_damping"):
             _check_damping(name, getattr(self, name))
         for name in ("act_order", "quantized_inputs"):

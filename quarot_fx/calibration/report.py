@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from quarot_fx.calibration.options import GPTQOptions
+from quarot_fx.printed import Printed
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -118,7 +119,7 @@ class ChosenBits:
 
 
 @dataclass(frozen=True)
-class Calibration:
+class Calibration(Printed):
     """All that ``quarot_fx.calibrate`` found. The codes themselves are where graphs find them when they are compiled.
 
     Attributes:
@@ -208,14 +209,6 @@ class Calibration:
             errors = f"{one.error:.4f}", f"{one.unclipped_error:.4f}"
             table.add_row(f"attention, {one.kind}s: of themselves", "all", f"{one.clip:,}", *errors)
         return table
-
-    def __str__(self) -> str:
-        from rich.console import Console
-
-        console = Console(width=120, no_color=True)
-        with console.capture() as capture:
-            console.print(self)
-        return capture.get()
 
 
 def _table(title: str, what: str, *columns: str) -> Table:

@@ -81,7 +81,7 @@ def bench(
         phases=_list(phases, str),
         sequences=_list(sequences, partial(_parse_count, "sequences")),
         cache_bits=_list(cache_bits, partial(_parse_count, "cache_bits")),
-        options=parse_options(option or ()),
+        options=parse_options(option),
     )
     for part in parts or ():
         if part not in PARTS:

@@ -18,6 +18,10 @@ CalibrationText = Annotated[
     ),
 ]
 CalibrationSamples = Annotated[int, typer.Option("--samples", min=1, help="Calibration windows.")]
+LearningSamples = Annotated[
+    int | None,
+    typer.Option(min=1, help="Windows that rotations are learned and scales tuned on, if not all calibration windows."),
+]
 GPTQAssignments = Annotated[
     list[str] | None, typer.Option("--gptq", metavar="NAME=VALUE", help="A field of GPTQOptions: act_order=True.")
 ]

@@ -6,18 +6,19 @@ import gc
 import shlex
 import sys
 from collections.abc import Mapping
-from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
 
+from quarot_fx.calibration.options import GPTQOptions
 from quarot_fx.cli.calibration import (
     CalibrationSamples,
     CalibrationText,
     GPTQAssignments,
     LearningAssignments,
+    LearningSamples,
     TuningAssignments,
     check_calibration_text,
 )
@@ -25,14 +26,17 @@ from quarot_fx.cli.settings import (
     DEFAULT_SETTINGS,
     OptionAssignments,
     Setting,
-    parse_gptq_options,
-    parse_learning_options,
     parse_options,
     parse_setting,
-    parse_tuning_options,
     split_settings,
 )
-from quarot_fx.errors import NotFoundError, OptionError, QuarotError
+from quarot_fx.errors import NotFoundError, OptionError
+from quarot_fx.learning.options import LearningOptions, TuningOptions
+
+if TYPE_CHECKING:
+    from quarot_fx.cli.results import Results
+
+DEFAULT_TEXT = "pydoc"
 
 
 def evaluate(
@@ -64,6 +68,7 @@ def evaluate(
     option: OptionAssignments = None,
     calibration: CalibrationText = None,
     samples: CalibrationSamples = 128,
+    learning_samples: LearningSamples = None,
     gptq: GPTQAssignments = None,
     learning: LearningAssignments = None,
     tuning: TuningAssignments = None,
@@ -75,88 +80,67 @@ def evaluate(
     markdown_file: Annotated[Path | None, typer.Option("--markdown", help="Also write the table here.")] = None,
 ) -> None:
     """Measure perplexity, needles in a text, and zero-shot tasks under each setting, next to the float model's."""
-    options = parse_options(option or ())
-    gptq_options, learning_options = parse_gptq_options(gptq or ()), parse_learning_options(learning or ())
-    tuning_options = parse_tuning_options(tuning or ())
+    options = parse_options(option)
+    gptq_options, learning_options = parse_options(gptq, GPTQOptions), parse_options(learning, LearningOptions)
+    tuning_options = parse_options(tuning, TuningOptions)
     chosen = _settings(settings, settings_file, options)
-    if tasks is None and (include_path is not None or limit is not None):
-        raise OptionError(name="tasks", value=None, reason="--include-path and --limit are about tasks: name some")
     if text is None and (tasks is None or needles is not None):
-        text = "pydoc"
-    if chunk is not None and text is None:
-        raise OptionError(name="chunk", value=chunk, reason="is about a text: name one")
+        text = DEFAULT_TEXT
+    _check_options_go_together(text, chunk, tasks, include_path, limit)
     for setting in chosen:
         check_calibration_text(calibration, setting)
 
-    from quarot_fx.calibration.data import calibration_tokens
-    from quarot_fx.cli.chunks import InChunks, cache_options
     from quarot_fx.cli.environment import describe_environment
-    from quarot_fx.cli.models import compile_model, load_model
-    from quarot_fx.cli.needles import Needles, parse_lengths
-    from quarot_fx.cli.perplexity import measure
-    from quarot_fx.cli.preparation import prepare
+    from quarot_fx.cli.evaluation import Evaluation
+    from quarot_fx.cli.models import load_model
+    from quarot_fx.cli.needles import Needles
+    from quarot_fx.cli.preparation import CalibrationWindows
     from quarot_fx.cli.results import Results
     from quarot_fx.cli.tasks import Tasks
     from quarot_fx.cli.windows import TextWindows
-    from quarot_fx.text import fingerprint, most_windows, read_text, split_windows
+    from quarot_fx.text import read_text
 
     content = "" if text is None else read_text(text)
-    harness = None if tasks is None else Tasks.find(tasks.split(","), include_path, limit, batch_size)
+    asked = None if tasks is None else Tasks.find(tasks.split(","), include_path, limit, batch_size)
     network, tokenizer = load_model(model, device)
     if tokenizer is None:
         raise NotFoundError(kind="tokenizer", name=model, remedy="Evaluation needs the model's tokenizer files.")
-    of_text, hidden = None, None
+    read: TextWindows | Needles | None = None
     if text is not None and needles is not None:
-        haystack = tokenizer(content, return_tensors="pt", verbose=False).input_ids[0].to(device)
-        hidden = Needles(text, fingerprint(content), haystack, tokenizer, parse_lengths(needles), depths)
+        read = Needles.of_text(text, content, tokenizer, needles, depths, device)
     elif text is not None:
-        token_ids = split_windows(content, tokenizer, window_length, windows or most_windows(text)).to(device)
-        of_text = TextWindows(text, fingerprint(content), token_ids)
-
-    calibration_ids = None
+        read = TextWindows.of_text(text, content, tokenizer, window_length, windows, batch, device)
+    calibrated_on = None
     if calibration is not None:
-        calibration_ids = calibration_tokens(calibration, tokenizer, samples, window_length, options.get("seed", 0))
+        counts, seed = (samples, learning_samples or samples), options.get("seed", 0)
+        how = (gptq_options, learning_options, tuning_options)
+        calibrated_on = CalibrationWindows.of_text(calibration, tokenizer, *counts, window_length, seed, *how)
+    evaluation = Evaluation(network, tokenizer, read, asked, chunk, calibrated_on, nested_backend)
 
-    measured = [one for one in (of_text, hidden, harness) if one is not None]
-    about: dict[str, Any] = {"command": shlex.join(["quarot-fx", *sys.argv[1:]]), "model": model}
-    for one in measured:
-        about |= one.about
-    if calibration is not None:
-        about["calibration"] = {"text": calibration, "samples": samples}
-    packages = () if harness is None else ("lm-eval", "datasets")
-    about |= {"nested_backend": nested_backend, **describe_environment(device, others=packages)}
-    results = Results(f"{model}: {'; '.join(one.title for one in measured)}", about)
-    for chosen_setting in chosen:
-        setting = chosen_setting
-        row: dict[str, Any] = {"setting": setting.name, "options": setting.options}
-        try:
-            if setting.needs_calibration and calibration_ids is not None:
-                prepared = prepare(network, setting, calibration_ids, gptq_options, learning_options, tuning_options)
-                setting = prepared.setting
-                row |= prepared.results()
-            runnable = compile_model(network, setting, nested_backend)
-            reader = runnable
-            if chunk is not None:
-                room = window_length if hidden is None else hidden.longest
-                reader = InChunks(runnable, network, cache_options(setting.options), chunk, room)
-            if of_text is not None:
-                row |= asdict(measure(reader, of_text.token_ids, setting.name, batch))
-            if hidden is not None:
-                row |= hidden.measure(reader, setting.name)
-            if chunk is not None:
-                row["cache"] = reader.about
-            if harness is not None:
-                row |= harness.measure(runnable, network, tokenizer)
-        except QuarotError as error:
-            if setting.options is None:  # it is not the setting that is at fault
-                raise
-            row["reason"] = str(error)
-        results.add(row)
+    about = {"command": shlex.join(["quarot-fx", *sys.argv[1:]]), "model": model, **evaluation.about}
+    packages = () if asked is None else ("lm-eval", "datasets")
+    about |= describe_environment(device, others=packages)
+    results = Results(f"{model}: {evaluation.title}", about)
+    for setting in chosen:
+        results.add(evaluation.row(setting))
         Console(stderr=True).print(results.latest(), markup=False, soft_wrap=True)
         if json_file:  # now already: a long run may be cut short
             results.write(json_file)
-        runnable = None
         gc.collect()  # compiled graphs lie in reference cycles, and the next setting needs their memory
+    _show(results, markdown_file)
+
+
+def _check_options_go_together(
+    text: str | None, chunk: int | None, tasks: str | None, include_path: Path | None, limit: int | None
+) -> None:
+    if tasks is None and (include_path is not None or limit is not None):
+        raise OptionError(name="tasks", value=None, reason="--include-path and --limit are about tasks: name some")
+    if chunk is not None and text is None:
+        raise OptionError(name="chunk", value=chunk, reason="is about a text: name one")
+
+
+def _show(results: Results, markdown_file: Path | None) -> None:
+    """Print the table, and write it; end with status 1 if a setting gave no number."""
     console = Console()
     console.print(results.table())
     if markdown_file:

@@ -31,7 +31,7 @@ def explain(
     graph: Annotated[Path | None, typer.Option(help="Write the rewritten graph here, as Python.")] = None,
 ) -> None:
     """Print the passes, the rotation plan, and why each linear or cache is or is not rotated."""
-    options = parse_setting(setting, parse_options(option or ())).options
+    options = parse_setting(setting, parse_options(option)).options
     if options is None:
         raise OptionError(name="setting", value=setting, reason="rewrites nothing; did you mean 'rotated'?")
     network = _build(model, config, parse_assignments(changes or ()))

@@ -8,8 +8,10 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from quarot_fx.cli.settings import OptionAssignments, parse_learning_options, parse_options, parse_setting
+from quarot_fx.cli.calibration import LearningAssignments
+from quarot_fx.cli.settings import OptionAssignments, parse_options, parse_setting
 from quarot_fx.errors import NotFoundError, OptionError
+from quarot_fx.learning.options import LearningOptions
 
 
 def learn(
@@ -20,13 +22,11 @@ def learn(
     window_length: Annotated[int, typer.Option(min=2, help="Tokens in a window.")] = 2048,
     setting: Annotated[str, typer.Option(help="That they are for: W4A4KV4, W4A8KV4, ...")] = "W4A4KV4",
     option: OptionAssignments = None,
-    learning: Annotated[
-        list[str] | None, typer.Option(metavar="NAME=VALUE", help="A field of LearningOptions: steps=200.")
-    ] = None,
+    learning: LearningAssignments = None,
     device: Annotated[str, typer.Option(help="cpu, cuda, ...")] = "cpu",
 ) -> None:
     """Learn the rotations that a model's weights absorb, for `-o learned_rotations=FOLDER` of the other commands."""
-    options, how = parse_setting(setting, parse_options(option or ())).options, parse_learning_options(learning or ())
+    options, how = parse_setting(setting, parse_options(option)).options, parse_options(learning, LearningOptions)
     if options is None:
         raise OptionError(name="setting", value=setting, reason="quantises nothing; did you mean 'W4A4KV4'?")
 

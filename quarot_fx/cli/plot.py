@@ -29,7 +29,7 @@ def plot(
     image: Annotated[str, typer.Option("--format", help="png, svg or pdf.")] = "png",
 ) -> None:
     """Draw ranges of activations per channel, and signal to quantisation noise per layer, with and without rotation."""
-    options = parse_setting(setting, parse_options(option or ())).options
+    options = parse_setting(setting, parse_options(option)).options
     if options is None or options.get("rotation") == "none":
         raise OptionError(name="setting", value=setting, reason="is drawn with and without rotation: name one with it")
     if image not in FORMATS:

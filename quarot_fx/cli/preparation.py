@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from quarot_fx.calibration.data import calibration_tokens
 from quarot_fx.cli.settings import Setting
 
 if TYPE_CHECKING:
@@ -15,6 +17,55 @@ if TYPE_CHECKING:
     from quarot_fx.calibration.report import Calibration
     from quarot_fx.learning.rotations import LearnedRotations
     from quarot_fx.learning.tuned import TunedScales
+
+
+@dataclass(frozen=True)
+class CalibrationWindows:
+    """What settings are calibrated on, and how.
+
+    Attributes:
+        name: of the text.
+        token_ids: int64 [samples, length], that weights and clip ratios are calibrated on.
+        learning_ids: likewise, that rotations are learned and scales tuned on.
+        gptq: options of GPTQ, which those of a setting overrule.
+        learning: options of learning, likewise.
+        tuning: options of tuning, likewise.
+    """
+
+    name: str
+    token_ids: Tensor
+    learning_ids: Tensor
+    gptq: Mapping[str, Any]
+    learning: Mapping[str, Any]
+    tuning: Mapping[str, Any]
+
+    @classmethod
+    def of_text(
+        cls,
+        name: str,
+        tokenizer: Any,
+        samples: int,
+        learning_samples: int,
+        length: int,
+        seed: int,
+        *how: Mapping[str, Any],
+    ) -> CalibrationWindows:
+        """Draw windows of a text; ``how`` are the options of GPTQ, of learning and of tuning.
+
+        Raises:
+            CalibrationDataError: the text has too few windows.
+            NotFoundError: there is no such text.
+            MissingExtraError: a dataset was asked for and ``datasets`` is not installed.
+        """
+        draw = partial(calibration_tokens, name, tokenizer, length=length, seed=seed)
+        token_ids = draw(samples)
+        return cls(name, token_ids, token_ids if learning_samples == samples else draw(learning_samples), *how)
+
+    @property
+    def about(self) -> dict[str, Any]:
+        """What settings are calibrated on, for JSON."""
+        counts = {"samples": len(self.token_ids), "learning_samples": len(self.learning_ids)}
+        return {"calibration": {"text": self.name, **counts}}
 
 
 @dataclass(frozen=True)
@@ -44,25 +95,14 @@ class Prepared:
         return results
 
 
-def prepare(
-    model: nn.Module,
-    setting: Setting,
-    token_ids: Tensor,
-    gptq: Mapping[str, Any],
-    learning: Mapping[str, Any],
-    tuning: Mapping[str, Any],
-    state: Path | None = None,
-) -> Prepared:
+def prepare(model: nn.Module, setting: Setting, data: CalibrationWindows, state: Path | None = None) -> Prepared:
     """Learn rotations for a model, if the setting says so, calibrate what it leaves to calibration, and tune scales, if
     it says so.
 
     Args:
         model: in evaluation mode.
         setting: that needs calibration.
-        token_ids: [n, length].
-        gptq: options of GPTQ, which those of the setting overrule.
-        learning: options of learning, likewise.
-        tuning: options of tuning, likewise.
+        data: what it is calibrated on.
         state: a folder to save calibration in, and to resume it from.
     """
     import quarot_fx
@@ -70,16 +110,16 @@ def prepare(
 
     learned = report = tuned = None
     if setting.learning is not None:
-        how = quarot_fx.LearningOptions.from_options({**learning, **setting.learning})
-        learned = quarot_fx.learn_rotations(model, token_ids, learning=how, **(setting.options or {}))
+        how = quarot_fx.LearningOptions.from_options({**data.learning, **setting.learning})
+        learned = quarot_fx.learn_rotations(model, data.learning_ids, learning=how, **(setting.options or {}))
         setting = replace(setting, options={**(setting.options or {}), "learned_rotations": learned})
     if setting.budget or QuarotConfig.from_options(setting.options).needs_calibration:
-        rounds = quarot_fx.GPTQOptions.from_options({**gptq, **(setting.gptq or {})})
+        rounds = quarot_fx.GPTQOptions.from_options({**data.gptq, **(setting.gptq or {})})
         options = {"w_rounding": "nearest", **(setting.options or {})}
-        report = quarot_fx.calibrate(model, token_ids, gptq=rounds, state=state, **setting.budget, **options)
+        report = quarot_fx.calibrate(model, data.token_ids, gptq=rounds, state=state, **setting.budget, **options)
         setting = replace(setting, options=report.options)
     if setting.tuning is not None:
-        steps = quarot_fx.TuningOptions.from_options({**tuning, **setting.tuning})
-        tuned = quarot_fx.tune_scales(model, token_ids, tuning=steps, **(setting.options or {}))
+        steps = quarot_fx.TuningOptions.from_options({**data.tuning, **setting.tuning})
+        tuned = quarot_fx.tune_scales(model, data.learning_ids, tuning=steps, **(setting.options or {}))
         setting = replace(setting, options=tuned.options)
     return Prepared(setting, learned, report, tuned)

@@ -8,23 +8,19 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
+from quarot_fx.calibration.options import GPTQOptions
 from quarot_fx.cli.calibration import (
     CalibrationSamples,
     CalibrationText,
     GPTQAssignments,
     LearningAssignments,
+    LearningSamples,
     TuningAssignments,
     check_calibration_text,
 )
-from quarot_fx.cli.settings import (
-    OptionAssignments,
-    parse_gptq_options,
-    parse_learning_options,
-    parse_options,
-    parse_setting,
-    parse_tuning_options,
-)
+from quarot_fx.cli.settings import OptionAssignments, parse_options, parse_setting
 from quarot_fx.errors import OptionError
+from quarot_fx.learning.options import LearningOptions, TuningOptions
 
 
 def quantize(
@@ -34,6 +30,7 @@ def quantize(
     option: OptionAssignments = None,
     calibration: CalibrationText = None,
     samples: CalibrationSamples = 128,
+    learning_samples: LearningSamples = None,
     length: Annotated[int, typer.Option(min=2, help="Tokens in a calibration window.")] = 2048,
     gptq: GPTQAssignments = None,
     learning: LearningAssignments = None,
@@ -46,9 +43,9 @@ def quantize(
     max_shard_size: Annotated[str, typer.Option(help="Of a file.")] = "2GB",
 ) -> None:
     """Quantise a model, and write what `quarot_fx.load` and `from_pretrained` read, with its tokenizer."""
-    chosen = parse_setting(setting, parse_options(option or ()))
-    gptq_options, learning_options = parse_gptq_options(gptq or ()), parse_learning_options(learning or ())
-    tuning_options = parse_tuning_options(tuning or ())
+    chosen = parse_setting(setting, parse_options(option))
+    gptq_options, learning_options = parse_options(gptq, GPTQOptions), parse_options(learning, LearningOptions)
+    tuning_options = parse_options(tuning, TuningOptions)
     if chosen.options is None:
         raise OptionError(name="setting", value=setting, reason="rewrites nothing; did you mean 'rotated'?")
     if dtype not in ("float32", "bfloat16", "float16"):
@@ -59,18 +56,16 @@ def quantize(
     import torch
 
     import quarot_fx
-    from quarot_fx.calibration.data import calibration_tokens
     from quarot_fx.cli.models import load_model
-    from quarot_fx.cli.preparation import prepare
+    from quarot_fx.cli.preparation import CalibrationWindows, prepare
 
     network, tokenizer = load_model(model, device)
     network = network.to(getattr(torch, dtype))
     if calibration is not None and chosen.needs_calibration:
-        seed = chosen.options.get("seed", 0)
-        token_ids = calibration_tokens(calibration, tokenizer, samples, length, seed)
-        prepared = prepare(
-            network, chosen, token_ids, gptq_options, learning_options, tuning_options, calibration_state
-        )
+        counts, seed = (samples, learning_samples or samples), chosen.options.get("seed", 0)
+        how = (gptq_options, learning_options, tuning_options)
+        calibrated_on = CalibrationWindows.of_text(calibration, tokenizer, *counts, length, seed, *how)
+        prepared = prepare(network, chosen, calibrated_on, calibration_state)
         chosen = prepared.setting
         for report in (prepared.learned, prepared.calibration, prepared.tuned):
             if report is not None:

@@ -10,7 +10,7 @@ import ast
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields
-from typing import Annotated, Any
+from typing import Annotated, Any, Protocol
 
 import typer
 
@@ -127,51 +127,27 @@ _GPTQ_OPTIONS = {field.name for field in fields(GPTQOptions)}
 _LEARNING_OPTIONS = {field.name for field in fields(LearningOptions)} - {"seed"}  # which is the backend's
 
 
-def parse_options(assignments: Iterable[str]) -> dict[str, Any]:
-    """Read ``NAME=VALUE`` texts as options.
+class Options(Protocol):
+    """A dataclass of options."""
+
+    @classmethod
+    def from_options(cls, options: Mapping[str, Any] | None) -> Any:
+        """Build it from a mapping, or raise an error that names what is wrong."""
+
+
+def parse_options(assignments: Iterable[str] | None, of: type[Options] = QuarotConfig) -> dict[str, Any]:
+    """Read ``NAME=VALUE`` texts as options of the backend, or of another part.
+
+    Args:
+        assignments: as typer gives them; ``None`` are none.
+        of: the dataclass whose fields the names are.
 
     Raises:
-        OptionError: a text has no ``=``.
-        UnknownOptionError: a name is not a field of :class:`QuarotConfig`.
+        OptionError: a text has no ``=``, or a value is out of range.
+        UnknownOptionError: a name is not a field; the nearest one is suggested.
     """
-    options = parse_assignments(assignments)
-    QuarotConfig.from_options(options)
-    return options
-
-
-def parse_gptq_options(assignments: Iterable[str]) -> dict[str, Any]:
-    """Read ``NAME=VALUE`` texts as options of GPTQ.
-
-    Raises:
-        OptionError: a text has no ``=``.
-        UnknownOptionError: a name is not a field of :class:`GPTQOptions`.
-    """
-    options = parse_assignments(assignments)
-    GPTQOptions.from_options(options)
-    return options
-
-
-def parse_learning_options(assignments: Iterable[str]) -> dict[str, Any]:
-    """Read ``NAME=VALUE`` texts as options of learning rotations.
-
-    Raises:
-        OptionError: a text has no ``=``.
-        UnknownOptionError: a name is not a field of :class:`LearningOptions`.
-    """
-    options = parse_assignments(assignments)
-    LearningOptions.from_options(options)
-    return options
-
-
-def parse_tuning_options(assignments: Iterable[str]) -> dict[str, Any]:
-    """Read ``NAME=VALUE`` texts as options of tuning scales.
-
-    Raises:
-        OptionError: a text has no ``=``.
-        UnknownOptionError: a name is not a field of :class:`TuningOptions`.
-    """
-    options = parse_assignments(assignments)
-    TuningOptions.from_options(options)
+    options = parse_assignments(assignments or ())
+    of.from_options(options)
     return options
 
 

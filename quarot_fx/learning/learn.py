@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
@@ -19,8 +18,9 @@ from quarot_fx.learning.cayley import CayleyAdam
 from quarot_fx.learning.losses import cross_entropy, divergence
 from quarot_fx.learning.network import Network
 from quarot_fx.learning.options import LearningOptions
+from quarot_fx.learning.precision import fast_products
 from quarot_fx.learning.rotations import LearnedRotation, LearnedRotations
-from quarot_fx.learning.training import batches, cut, fast_products, gradients_of, network_of
+from quarot_fx.learning.training import batches, cosine, cut, gradients_of, network_of
 from quarot_fx.passes.quantize_embeddings import QuantizeEmbeddings
 from quarot_fx.passes.quantize_weights import QuantizeWeights
 from quarot_fx.progress import track
@@ -82,7 +82,7 @@ def learn_rotations(
     for step, batch in enumerate(track(list(batches(tokens, how.batch, how.steps, how.seed)), "rotations")):
         matrices = {number: q.float() for number, q in zip(free, optimizer.matrices, strict=True)}
         loss, gradients = _loss(network, matrices, {token_input: batch}, batch, how.loss)
-        optimizer.step(gradients, how.rate * (1 + math.cos(math.pi * step / how.steps)) / 2)
+        optimizer.step(gradients, cosine(how.rate, step, how.steps))
         losses.append(loss)
     learned = [
         LearnedRotation(Rotation.of_matrix(matrix), absorbed_by)

@@ -12,9 +12,11 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, fx
+from torch.utils._pytree import tree_map_only
 from torch.utils.checkpoint import checkpoint
 
 from quarot_fx.graph import Constants, stored_tensor
+from quarot_fx.learning.precision import is_fast
 from quarot_fx.learning.segments import segments
 from quarot_fx.learning.straight_through import pass_through, quantize_straight_through
 from quarot_fx.ops.declaration import declaration_of
@@ -23,6 +25,7 @@ from quarot_fx.passes.rotate import BASIS
 from quarot_fx.rotation import Rotation
 
 quarot = torch.ops.quarot
+SDPA = torch.ops.aten.scaled_dot_product_attention.default
 
 Values = dict[fx.Node, Any]
 NO_MATRICES: Mapping[int, Tensor] = {}
@@ -125,13 +128,23 @@ class Network:
             return stored_tensor(node).detach()
         if (rounded := _rounded(node)) is not None:
             return _requantized(node, values[rounded]) if quantized else values[rounded]
-        args, kwargs = fx.map_arg((node.args, node.kwargs), values.__getitem__)
+        args, kwargs = cast(tuple[Any, Any], fx.map_arg((node.args, node.kwargs), values.__getitem__))
         if node.meta.get(BASIS) in matrices:
-            x, rotation, dim, inner, inverse = cast(tuple[Any, ...], args)
+            x, rotation, dim, inner, inverse = args
             return Rotation.parse(rotation).apply(x, dim, inner, inverse, matrix=matrices[node.meta[BASIS]])
         declaration = declaration_of(node.target)  # its reference has a gradient, the registered op has none
-        function = node.target if declaration is None else declaration.reference
-        return function(*args, **kwargs)  # type: ignore[operator]
+        function: Any = node.target if declaration is None else declaration.reference
+        if function is SDPA and args[0].is_cuda and is_fast():
+            return attend_in_bfloat16(args, kwargs)
+        return function(*args, **kwargs)
+
+
+def attend_in_bfloat16(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
+    """Return ``scaled_dot_product_attention`` of float32, from products of bfloat16, which GPUs have far faster kernels
+    for: there are none for TF32.
+    """
+    half = tree_map_only(Tensor, lambda one: one.bfloat16() if one.dtype == torch.float32 else one, (args, kwargs))
+    return cast(Tensor, SDPA(*half[0], **half[1])).to(args[0].dtype)
 
 
 def _rounded(node: fx.Node) -> fx.Node | None:

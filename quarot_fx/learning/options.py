@@ -9,7 +9,7 @@ from typing import Any
 from quarot_fx.errors import OptionError
 from quarot_fx.option_checks import check_choice, check_flag, from_mapping
 
-LOSSES = ("divergence", "cross-entropy")
+LOSSES = ("cross-entropy", "divergence")
 WEIGHTS = ("float", "nearest")
 
 
@@ -23,8 +23,8 @@ class LearningOptions:
         length: tokens of a sequence: longer ones are cut into several; ``None`` takes them as they are. Attention, and
             so a step, costs less for more and shorter ones.
         rate: the angle, in radians, that each axis is turned by in the first steps; it falls to 0 along a cosine.
-        loss: ``"divergence"``, that of Kullback and Leibler of the predictions from the float model's; or
-            ``"cross-entropy"``, of the next token.
+        loss: ``"cross-entropy"``, of the next token, as SpinQuant has it; or ``"divergence"``, that of Kullback and
+            Leibler of the predictions from the float model's.
         weights: that the model is run with meanwhile: ``"float"``, as is best for weights that GPTQ rounds afterwards
             (as SpinQuant found), or ``"nearest"``, rounded to nearest in every step.
         heads: also learn the rotations of values, one a layer. A cache that holds values as codes holds them rotated by
@@ -41,8 +41,8 @@ class LearningOptions:
     steps: int = 100
     batch: int = 4
     length: int | None = None
-    rate: float = 0.03
-    loss: str = "divergence"
+    rate: float = 0.1
+    loss: str = "cross-entropy"
     weights: str = "float"
     heads: bool = True
     seed: int = 0
@@ -86,7 +86,7 @@ class TuningOptions:
         OptionError: a value is out of range.
     """
 
-    steps: int = 200
+    steps: int = 100
     batch: int = 4
     length: int | None = None
     rate: float = 0.002

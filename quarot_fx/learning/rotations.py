@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from quarot_fx.printed import Printed
+
 if TYPE_CHECKING:  # options name this module, and reading options loads no torch
     from rich.console import RenderableType
 
@@ -30,7 +32,7 @@ class LearnedRotation:
     absorbed_by: tuple[str, ...]
 
 
-class LearnedRotations:
+class LearnedRotations(Printed):
     """A set of learned rotations, for ``torch.compile(model, backend="quarot", options={"learned_rotations": ...})``.
 
     Sets with the same matrices for the same weights are equal.
@@ -113,14 +115,6 @@ class LearnedRotations:
             steps = f"{len(self.losses)} steps, {self.seconds:.1f} s"
             parts.append(f"{self.options['loss']} {before:.4f} -> {after:.4f} nats a token, in {steps}")
         return Group(*parts)
-
-    def __str__(self) -> str:
-        from rich.console import Console
-
-        console = Console(width=120, no_color=True)
-        with console.capture() as capture:
-            console.print(self)
-        return capture.get()
 
 
 def _row(one: LearnedRotation) -> tuple[str, str, str]:

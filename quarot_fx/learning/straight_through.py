@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import cache
+
+import torch
 from torch import Tensor
 
 from quarot_fx.config import QuantScheme
@@ -11,8 +15,18 @@ from quarot_fx.ops.affine import asymmetric_scale, code_range, group_count, spli
 def quantize_straight_through(x: Tensor, scheme: QuantScheme) -> Tensor:
     """Return x [..., n], rounded to codes and back as ``quarot::quantize_symmetric`` and its kind do it.
 
-    The gradient is that of the range, too: what is clipped pulls at the values that decide on the scale.
+    The gradient is that of the range, too: what is clipped pulls at the values that decide on the scale. On a GPU all
+    steps are one kernel, and so is their gradient.
     """
+    return (_compiled() if x.is_cuda else _quantize)(x, scheme)
+
+
+@cache
+def _compiled() -> Callable[[Tensor, QuantScheme], Tensor]:
+    return torch.compile(_quantize, dynamic=False)
+
+
+def _quantize(x: Tensor, scheme: QuantScheme) -> Tensor:
     assert isinstance(scheme.clip, float | int), "activations have one clip ratio"
     zero: Tensor | int = 0
     if scheme.symmetric:

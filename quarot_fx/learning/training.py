@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 
 import torch
 from torch import Tensor, fx
@@ -59,6 +59,11 @@ def batches(tokens: Tensor, size: int, steps: int, seed: int) -> Iterator[Tensor
         order = order[size:]
 
 
+def cosine(rate: float, step: int, steps: int) -> float:
+    """Return the rate of a step, the first of which is 0: it falls to 0 along half a cosine."""
+    return rate * (1 + math.cos(math.pi * step / steps)) / 2
+
+
 def gradients_of(loss: Tensor, leaves: Sequence[Tensor]) -> list[Tensor]:
     """Return the gradients of a loss, zeros by what it does not depend on.
 
@@ -73,14 +78,3 @@ def gradients_of(loss: Tensor, leaves: Sequence[Tensor]) -> list[Tensor]:
     except NotImplementedError as error:
         remedy = "Quantise it without learning anything."
         raise LearningError(reason=f"an operator has no gradient: {error}", remedy=remedy) from error
-
-
-@contextmanager
-def fast_products() -> Iterator[None]:
-    """Let float32 be multiplied as TF32 on a GPU: a gradient that rounding makes noisy needs no more."""
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("high")
-    try:
-        yield
-    finally:
-        torch.set_float32_matmul_precision(before)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -14,14 +13,15 @@ from quarot_fx.calibration.data import Data, calibration_tokens
 from quarot_fx.calibration.programs import capture_programs, device_of
 from quarot_fx.config import QuarotConfig
 from quarot_fx.errors import CalibrationDataError, NothingToTuneError
+from quarot_fx.learning.cayley import BETAS
 from quarot_fx.learning.options import TuningOptions
+from quarot_fx.learning.precision import fast_products
 from quarot_fx.learning.scaled import ScaledModel, Scales
-from quarot_fx.learning.training import batches, cut, fast_products, gradients_of
+from quarot_fx.learning.training import batches, cosine, cut, gradients_of
 from quarot_fx.learning.tuned import TunedScales
 from quarot_fx.passes.quantized import check_clip_is_known
 from quarot_fx.progress import track
 
-BETAS = (0.9, 0.95)
 TUNED = "tuned"
 
 
@@ -123,7 +123,7 @@ def _tune(
             loss = scaled.divergence({key: starts[key] * leaves[key].exp() for key in starts}, batch)
             for leaf, gradient in zip(leaves.values(), gradients_of(loss, list(leaves.values())), strict=True):
                 leaf.grad = gradient
-        optimizer.param_groups[0]["lr"] = options.rate * (1 + math.cos(math.pi * (step - 1) / options.steps)) / 2
+        optimizer.param_groups[0]["lr"] = cosine(options.rate, step - 1, options.steps)
         optimizer.step()
         losses.append(loss.item())
         if step % options.interval == 0 or step == options.steps:

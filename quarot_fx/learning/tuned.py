@@ -6,13 +6,14 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from quarot_fx.learning.options import TuningOptions
+from quarot_fx.printed import Printed
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
 
 @dataclass(frozen=True)
-class TunedScales:
+class TunedScales(Printed):
     """How far a model's predictions are off with scales as they were, and with tuned ones.
 
     Attributes:
@@ -46,17 +47,10 @@ class TunedScales:
         from rich.console import Group
         from rich.table import Table
 
-        table = Table(title="divergence from the float model, nats a token", title_justify="left")
-        for column in ("steps", "held out", ""):
+        table = Table()
+        for column in ("steps", "divergence held out", ""):
             table.add_column(column, justify="right")
         for steps, loss in self.held_out.items():
             table.add_row(str(steps), f"{loss:.4f}", "kept" if steps == self.kept else "")
-        return Group(table, f"{self.scales:,} scales of {self.weights} weights tuned, {self.seconds:.1f} s")
-
-    def __str__(self) -> str:
-        from rich.console import Console
-
-        console = Console(width=120, no_color=True)
-        with console.capture() as capture:
-            console.print(self)
-        return capture.get()
+        count = f"{self.scales:,} scales of {self.weights} weights tuned, {self.seconds:.1f} s"
+        return Group("tuned scales: divergence from the float model's predictions, nats a token", table, count)

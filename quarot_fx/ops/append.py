@@ -40,16 +40,18 @@ def append_rows(
 
     x is [batch, kv heads, tokens, size], of any strides. The cache is ``codes`` uint8 [batch, kv heads, capacity,
     ceil(size bits / 8)], as ``quarot::pack`` packs them, ``scale`` float32 and ``zero`` uint8 [batch, kv heads,
-    capacity, size / group]; ``position``, int64 [tokens], says where along its third axis each token goes. With cos and
-    sin x is embedded first, as ``quarot::rope_rotate`` does it, and with a rotation rotated, each rounded to its dtype.
+    capacity, size / group]; ``position``, int64 [stored], says where along its third axis each of the last tokens goes:
+    of a prompt that is longer than a window, only as many are stored. With cos and sin x is embedded first, as
+    ``quarot::rope_rotate`` does it, and with a rotation rotated, each rounded to its dtype.
     """
     if cos is not None and sin is not None:
         x = embed(x, cos, sin)
     if rotation is not None:
         x = rotate(x, rotation)
     quantized = quantize_asymmetric(x, bits, group, clip)
+    first = x.shape[2] - position.shape[0]
     for cache, rows in zip((codes, scale, zero), (pack(quantized[0], bits), *quantized[1:]), strict=True):
-        cache.index_copy_(2, position, rows.to(cache.dtype))
+        cache.index_copy_(2, position, rows[:, :, first:].to(cache.dtype))
     return quantized
 
 
@@ -112,6 +114,8 @@ def inputs(generator: torch.Generator) -> Iterator[tuple[Any, ...]]:
     yield tuple(case((1, 1, 3, 32), embedded=True))
     yield tuple(case((1, 2, 3, 5)))  # of the last byte only a part
     yield tuple(case((1, 2, 3, 6), 2))
+    codes, scale, zero, x, position, *rest = case((1, 2, 67, 64), rotation="hadamard-64", embedded=True)
+    yield codes, scale, zero, x, position[-4:], *rest
     codes, scale, zero, x, position, *rest = case((2, 2, 6, 32), group=16)
     yield codes, scale, zero, torch.zeros_like(x), position, *rest
     yield codes, scale, zero, x.abs() * 1e30, position, *rest  # 0 is outside the values' range
