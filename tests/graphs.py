@@ -147,7 +147,8 @@ def linear(out: int, width: int = WIDTH, bias: bool = False) -> nn.Linear:
 def rotary(x: Tensor) -> Tensor:
     """Rotary position embedding of queries or keys [batch, heads, tokens, size]."""
     half = x.shape[-1] // 2
-    angles = torch.arange(x.shape[-2])[:, None] * 0.1 ** torch.arange(half).repeat(2)
+    positions, channels = (torch.arange(size, device=x.device) for size in (x.shape[-2], half))
+    angles = positions[:, None] * 0.1 ** channels.repeat(2)
     turned = torch.cat((-x[..., half:], x[..., :half]), -1)
     return x * angles.cos() + turned * angles.sin()
 

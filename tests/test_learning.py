@@ -59,7 +59,7 @@ def babyllama():
     torch.manual_seed(0)
     begin = torch.full((64, 1), model.config.bos_token_id)
     tokens = model.generate(begin, do_sample=True, max_length=96, min_length=96, pad_token_id=0)
-    return model, tokens, learn(model, tokens[:40], {"steps": 30, "batch": 4, "rate": 0.1, "loss": "divergence"})
+    return model, tokens, learn(model, tokens[:40], {"steps": 30, "batch": 4, "rate": 0.3, "loss": "divergence"})
 
 
 def divergence(model, tokens, **options):
