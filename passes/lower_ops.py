@@ -26,6 +26,7 @@ class LowerOps(Pass):
         "fuse-norms",
         "fuse-norm-linears",
         "fuse-rotations",
+        "fuse-rotation-linears",
         "fuse-ropes",
         "fuse-attention",
         "fuse-packed-attention",

@@ -25,6 +25,7 @@ from quarot_fx.passes.fuse_norm_linears import FuseNormLinears
 from quarot_fx.passes.fuse_norms import FuseNorms
 from quarot_fx.passes.fuse_packed_attention import FusePackedAttention
 from quarot_fx.passes.fuse_ropes import FuseRopes
+from quarot_fx.passes.fuse_rotation_linears import FuseRotationLinears
 from quarot_fx.passes.fuse_rotations import FuseRotations
 from quarot_fx.passes.lower_ops import LowerOps
 from quarot_fx.passes.merge_int_linears import MergeIntLinears
@@ -62,6 +63,7 @@ DEFAULT_ORDER: tuple[type[Pass], ...] = (
     FuseNorms,
     FuseNormLinears,
     FuseRotations,
+    FuseRotationLinears,
     FuseRopes,
     SimplifyAttention,
     FuseAttention,

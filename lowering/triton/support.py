@@ -101,6 +101,19 @@ def _norm_int_linear(
     dtype: torch.dtype,
     activation: str | None,
 ) -> str | None:
+    return _reason_against_token(x, dtype)
+
+
+def _rotate_int_linear(x: Tensor, rotation: str, inner: int, *rest: Any) -> str | None:
+    if reason := _reason_against_token(x, rest[-1]):
+        return reason
+    cut = split(Rotation.parse(rotation), x.shape[-1], inner, x.dtype)
+    if cut is None or not cut.is_across_heads:
+        return f"{rotation} is not only across heads, which are powers of two, and takes each program too long"
+    return None
+
+
+def _reason_against_token(x: Tensor, dtype: torch.dtype) -> str | None:
     if reason := _reason_against_device(x.device) or _reason_against_row(x):
         return reason
     if dtype not in FLOATS:
@@ -257,5 +270,6 @@ REASONS: dict[str, Callable[..., str | None]] = {
     "quantize_activation": _quantize_activation,
     "rope_rotate": _rope_rotate,
     "rotate": _rotate,
+    "rotate_int_linear": _rotate_int_linear,
     "rotate_quantize": _rotate_quantize,
 }
