@@ -21,6 +21,7 @@ class LowerOps(Pass):
 
     requires: ClassVar[tuple[str, ...]] = (
         "fuse-int-linears",
+        "fuse-float-linears",
         "fuse-gates",
         "merge-int-linears",
         "fuse-norms",

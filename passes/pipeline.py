@@ -19,6 +19,7 @@ from quarot_fx.passes.fold_gains import FoldGains
 from quarot_fx.passes.fold_means import FoldMeans
 from quarot_fx.passes.fuse_appends import FuseAppends
 from quarot_fx.passes.fuse_attention import FuseAttention
+from quarot_fx.passes.fuse_float_linears import FuseFloatLinears
 from quarot_fx.passes.fuse_gates import FuseGates
 from quarot_fx.passes.fuse_int_linears import FuseIntLinears
 from quarot_fx.passes.fuse_norm_linears import FuseNormLinears
@@ -58,6 +59,7 @@ DEFAULT_ORDER: tuple[type[Pass], ...] = (
     QuantizeActivations,
     QuantizeCaches,
     FuseIntLinears,
+    FuseFloatLinears,
     FuseGates,  # before products are merged: those of gate and up become one in an order of their own
     MergeIntLinears,
     FuseNorms,

@@ -114,3 +114,16 @@ def test_sizes_may_change_and_so_may_numbers_of_modules(graphs, compiled_graphs)
 
     model.model.layers[1].input_layernorm.variance_epsilon = 10.0  # Dynamo makes such numbers symbols
     assert relative_difference([logits(11)], [before]) > 10 * FLIPS
+
+
+def test_a_fused_output_head_is_still_told(monkeypatch):
+    monkeypatch.setattr("quarot_fx.passes.fuse_float_linears.FEWEST_WEIGHTS", 1)
+    model, ids = BY_NAME["llama"].build(), random_token_ids(1, 1)
+    fused = quarot_fx.rewrite(model, ids, kernels="reference")
+    assert operators(fused)["float_linear"] == 1
+    told = [
+        {(one.parameter, one.w_bits, one.role) for one in quarot_fx.explain(model, ids, kernels=kernels).linears}
+        for kernels in ("reference", "none")
+    ]
+    assert told[0] == told[1]
+    assert any(bits == 16 and role == "head" for _, bits, role in told[0])

@@ -334,6 +334,7 @@ def test_every_gpu_has_launch_parameters_that_fit_it(
     for kernel in (
         "attend",
         "attend_packed",
+        "float_linear",
         "int_gemv",
         "int_matmul",
         "int_matmul_float8",

@@ -83,6 +83,14 @@ def _int_linear(codes: Tensor, scale: Tensor, zero: Tensor | None, *rest: Any) -
     return None
 
 
+def _float_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> str | None:
+    if reason := _reason_against_token(x, x.dtype):
+        return reason
+    if x.dtype == torch.float32 or weight.dtype != x.dtype:
+        return f"the activation is {x.dtype}, and the weight {weight.dtype}"
+    return None
+
+
 def _gated_int_linear(*arguments: Any) -> str | None:
     *operands, dtype, _ = arguments
     return _int_linear(*operands, None, dtype)
@@ -121,7 +129,7 @@ def _reason_against_token(x: Tensor, dtype: torch.dtype) -> str | None:
     if x.numel() > x.shape[-1]:
         return "there are more tokens than one"
     if x.shape[-1] > LARGEST_TOKEN:
-        return f"a token of {x.shape[-1]} elements is longer than {LARGEST_TOKEN}, which each program would quantise"
+        return f"a token of {x.shape[-1]} elements is longer than {LARGEST_TOKEN}, which each program would hold"
     return None
 
 
@@ -262,6 +270,7 @@ REASONS: dict[str, Callable[..., str | None]] = {
     "append_pair": _append_pair,
     "attend": _attend,
     "attend_packed": _attend_packed,
+    "float_linear": _float_linear,
     "gated_int_linear": _gated_int_linear,
     "int_linear": _int_linear,
     "norm_int_linear": _norm_int_linear,

@@ -8,6 +8,7 @@ from quarot_fx.ops.attend_packed import attend_packed
 from quarot_fx.ops.declaration import DECLARATIONS, OpDeclaration, Provider, declaration_of, declare
 from quarot_fx.ops.dequantize import dequantize
 from quarot_fx.ops.expert_linear import expert_linear
+from quarot_fx.ops.float_linear import float_linear
 from quarot_fx.ops.gated_int_linear import gated_int_linear
 from quarot_fx.ops.int_linear import int_linear
 from quarot_fx.ops.interleave_rows import interleave_rows
@@ -40,6 +41,7 @@ __all__ = [
     "declare",
     "dequantize",
     "expert_linear",
+    "float_linear",
     "gated_int_linear",
     "int_linear",
     "interleave_rows",
