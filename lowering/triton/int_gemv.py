@@ -29,13 +29,6 @@ def rows_of_block(block, BLOCK_N: tl.constexpr, ACTIVATION: tl.constexpr):
 
 
 @triton.jit
-def add_products(words, low_codes, high_codes, products):
-    """Add products of 4-bit codes, words [BLOCK_N, columns], and of the codes [columns] that their nibbles meet."""
-    products = dot4(words & 0x0F0F0F0F, low_codes[None, :], products)
-    return dot4((words >> 4) & 0x0F0F0F0F, high_codes[None, :], products)
-
-
-@triton.jit
 def gated(value, ACTIVATION: tl.constexpr, dtype: tl.constexpr):
     """Return activation(gate) * up of each pair of neighbours of a vector."""
     gate, up = tl.split(tl.reshape(value, (value.shape[0] // 2, 2)))
@@ -94,7 +87,8 @@ def _int_gemv(
             high_at = low_at + BLOCK_WORDS
             low_codes = tl.load(x + token * X_WORDS + low_at, mask=low_at < X_WORDS, other=0)
             high_codes = tl.load(x + token * X_WORDS + high_at, mask=high_at < X_WORDS, other=0)
-            products = add_products(words, low_codes, high_codes, products)
+            products = dot4(words & 0x0F0F0F0F, low_codes[None, :], products)
+            products = dot4((words >> 4) & 0x0F0F0F0F, high_codes[None, :], products)
         else:
             codes = tl.load(x + token * X_WORDS + columns, mask=columns < X_WORDS, other=0)
             products = dot4(words, codes[None, :], products)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from quarot_fx.lowering.triton import tiles
 from quarot_fx.lowering.triton.int_gemv import BLOCK_WORDS, rows_of_block
-from quarot_fx.lowering.triton.language import as_float32, let_dependents_start, wait_for_inputs
+from quarot_fx.lowering.triton.language import INTERPRETED, as_float32, let_dependents_start, wait_for_inputs
 from quarot_fx.lowering.triton.quantization import packed_words, symmetric_step
 from quarot_fx.lowering.triton.rotation_matrices import power_of_two_from
 from quarot_fx.lowering.triton.token_product import CODES, launch_constants, load_rows, multiply_rows
@@ -30,6 +30,21 @@ def _load_token(x, gain, words, SIZE: tl.constexpr):
     if gain is not None:
         values *= tl.load(gain + place, mask=place < SIZE, other=0).to(tl.float32)
     return values, squares
+
+
+@triton.jit
+def _sum_and_maximum(some, others):
+    """Return the sum of some numbers and the maximum of others, found at once: warps wait for each other once."""
+    if INTERPRETED:
+        result = tl.sum(some, axis=0), tl.max(others, axis=0)
+    else:
+        result = tl.reduce((some, others), 0, _add_and_maximum)
+    return result
+
+
+@triton.jit
+def _add_and_maximum(total, maximum, addend, other):
+    return total + addend, tl.maximum(maximum, other)
 
 
 @triton.jit
@@ -64,9 +79,10 @@ def _norm_int_linear(
     let_dependents_start(EARLY)
     low_values, low_squares = _load_token(x, gain, low_words, SIZE)
     high_values, high_squares = _load_token(x, gain, low_words + BLOCK_WORDS, SIZE)
-    unit = tl.math.rsqrt(tl.sum(low_squares + high_squares) / SIZE + eps)  # NaN, if anything is: it shows in the scale
     magnitudes = tl.max(tl.maximum(tl.abs(low_values), tl.abs(high_values)), axis=1)
-    step = symmetric_step(tl.max(magnitudes, axis=0), unit, clip, BITS)
+    square, largest = _sum_and_maximum(low_squares + high_squares, magnitudes)
+    unit = tl.math.rsqrt(square / SIZE + eps)  # NaN, if anything is: it shows in the scale
+    step = symmetric_step(largest, unit, clip, BITS)
     low_codes = packed_words(low_values, unit, step, BITS)
     high_codes = packed_words(high_values, unit, step, BITS)
     multiply_rows(

@@ -15,11 +15,11 @@ import triton.language as tl
 from torch import Tensor
 
 from quarot_fx.lowering.triton.device import describe
-from quarot_fx.lowering.triton.int_gemv import add_products, gated, rows_of_block
-from quarot_fx.lowering.triton.packed_codes import dot4
+from quarot_fx.lowering.triton.int_gemv import gated, rows_of_block
+from quarot_fx.lowering.triton.packed_codes import dot4, high_codes_of_words_times_16
 
 CODES = tl.constexpr(4)  # in a word of the token's, 8 bits each
-MINUS_8 = tl.constexpr(-0x07070708)  # in each byte: what nibbles are too large by
+UNIT = tl.constexpr(16.0)  # of the weight's codes, in bytes
 
 
 @triton.jit
@@ -63,8 +63,6 @@ def multiply_rows(
     RATIO: tl.constexpr = 1 if ACTIVATION is None else 2
     N_RESULTS = N // RATIO
     column = tl.arange(0, COLUMNS)
-    eights = tl.full((COLUMNS,), MINUS_8, tl.int32)
-    origin = dot4(low_codes, eights, dot4(high_codes, eights, tl.zeros((COLUMNS,), tl.int32)))
     for index in range(BLOCKS):
         results = (first + index) * (BLOCK_N // RATIO) + tl.arange(0, BLOCK_N // RATIO)
         result_at = tl.minimum(results, N_RESULTS - 1)
@@ -76,8 +74,10 @@ def multiply_rows(
         if BLOCKS > 1:
             following = rows_of_block(tl.minimum(first + index + 1, first + BLOCKS - 1), BLOCK_N, ACTIVATION)
             next_words, next_scales = load_rows(w, w_scale, following, N, column, WORDS, EVEN)
-        products = add_products(words, low_codes, high_codes, tl.broadcast_to(origin[None, :], (BLOCK_N, COLUMNS)))
-        value = tl.sum(products, axis=1).to(tl.float32) * (w_scales.to(tl.float32) * step)
+        products = tl.zeros((BLOCK_N, COLUMNS), tl.int32)
+        products = dot4(high_codes_of_words_times_16(words << 4), low_codes[None, :], products)
+        products = dot4(high_codes_of_words_times_16(words), high_codes[None, :], products)
+        value = tl.sum(products, axis=1).to(tl.float32) * (w_scales.to(tl.float32) * (step / UNIT))
         if bias is not None:
             value += biases.to(tl.float32)
         if ACTIVATION is not None:
