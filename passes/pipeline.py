@@ -29,6 +29,7 @@ from quarot_fx.passes.fuse_ropes import FuseRopes
 from quarot_fx.passes.fuse_rotation_linears import FuseRotationLinears
 from quarot_fx.passes.fuse_rotations import FuseRotations
 from quarot_fx.passes.lower_ops import LowerOps
+from quarot_fx.passes.merge_counters import MergeCounters
 from quarot_fx.passes.merge_int_linears import MergeIntLinears
 from quarot_fx.passes.pair_appends import PairAppends
 from quarot_fx.passes.place_rotations import PlaceRotations
@@ -73,6 +74,7 @@ DEFAULT_ORDER: tuple[type[Pass], ...] = (
     ComputeOnce,
     FuseAppends,  # the first that makes a graph write: nothing may be moved afterwards
     PairAppends,
+    MergeCounters,
     LowerOps,
     FoldConstants,
 )
