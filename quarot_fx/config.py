@@ -1,4 +1,4 @@
-"""All options of quarot, as one frozen dataclass. Defaults are the paper's settings (QuaRot, section 5)."""
+"""All options of quarot, as one frozen dataclass. Defaults are the paper's settings (QuaRot, section 5), for 4 bits."""
 
 from __future__ import annotations
 
@@ -25,6 +25,13 @@ SEARCHED_CLIPS = {
     "w_clip": ("search", "output"),
     "a_clip": ("output",),
     **dict.fromkeys(("k_clip", "v_clip", "kv_clip"), ("search",)),
+}
+# Clip ratios up to a number of bits, where none is given; with more bits nothing is clipped. Those of 4 bits are the
+# paper's: the finer the steps are, the less is gained by making them finer still, and what is cut off stays lost.
+DEFAULT_CLIPS: Mapping[str, Mapping[int, float]] = {
+    "a_clip": {5: 0.9, 7: 0.95},
+    "k_clip": {4: 0.95},
+    "v_clip": {4: 0.95},
 }
 CALIBRATED: Mapping[str, tuple[str, ...]] = {
     "w_rounding": ("gptq", "tuned"),
@@ -71,7 +78,9 @@ class QuarotConfig:
         w_clip, a_clip, k_clip, v_clip: clip ratio in (0, 1]. ``w_clip="search"`` finds the one with the least error of
             the weight, for every group. :func:`quarot_fx.calibrate` finds those with the least error on data:
             ``w_clip="output"`` and ``a_clip="output"``, of the output of every layer, and ``k_clip="search"`` and
-            ``v_clip="search"``, of all keys and all values.
+            ``v_clip="search"``, of all keys and all values. Where ``a_clip``, ``k_clip`` or ``v_clip`` is not given, it
+            becomes the ratio that ``DEFAULT_CLIPS`` has for the bits; so does that of an override that gives
+            ``a_bits``, unless it or the config says what ``a_clip`` is.
         kv_clip: sets both ``k_clip`` and ``v_clip``.
         w_rounding: of weights: ``"nearest"``; ``"gptq"``, for which :func:`quarot_fx.calibrate` has to run first; or
             ``"tuned"``, either of these with the scales that :func:`quarot_fx.tune_scales` found.
@@ -115,9 +124,9 @@ class QuarotConfig:
     kv_sym: bool = False
     w_clip: float | str = "search"
     w_rounding: str = "nearest"
-    a_clip: float | str = 0.9
-    k_clip: float | str = 0.95
-    v_clip: float | str = 0.95
+    a_clip: float | str = None  # type: ignore[assignment]  # a ratio as soon as the config is made, by the bits
+    k_clip: float | str = None  # type: ignore[assignment]
+    v_clip: float | str = None  # type: ignore[assignment]
     kv_clip: float | str | None = None
     rotation: str = "hadamard"
     seed: int = 0
@@ -145,7 +154,7 @@ class QuarotConfig:
         if isinstance(self.disabled_passes, str):
             self._set("disabled_passes", (self.disabled_passes,))
         self._set("disabled_passes", tuple(self.disabled_passes))
-        self._set("overrides", _frozen_overrides(self.overrides))
+        self._set("overrides", _frozen_overrides(self.overrides, clips_by_bits=self.a_clip is None))
         if self.learned_rotations is not None:
             from quarot_fx.learning.rotations import name_of  # which needs torch
 
@@ -154,6 +163,9 @@ class QuarotConfig:
             check_bits(name, getattr(self, name))
         for name in ("w_group", "a_group", "kv_group"):
             check_group(name, getattr(self, name))
+        for name in DEFAULT_CLIPS:
+            if getattr(self, name) is None:
+                self._set(name, default_clip(name, getattr(self, f"{name[0]}_bits")))
         for name in ("w_clip", "a_clip", "k_clip", "v_clip"):
             check_clip(name, getattr(self, name))
         for name in ("w_sym", "a_sym", "kv_sym", "check", "free_originals"):
@@ -184,7 +196,9 @@ class QuarotConfig:
         return replace(self, **{name: getattr(QuarotConfig, name) for name in OF_THE_RUN})
 
     def as_options(self) -> dict[str, Any]:
-        """Return the options that differ from the defaults, as JSON-able data that :meth:`from_options` takes."""
+        """Return the options that differ from the defaults, as JSON-able data that :meth:`from_options` takes; clip
+        ratios always, so that what was made with them is not changed by other defaults.
+        """
         options = {field.name: getattr(self, field.name) for field in fields(self)}
         if self.overrides:
             options["overrides"] = self._override_patterns
@@ -287,8 +301,13 @@ def _literally(name: str) -> str:
     return re.sub(r"([*?[])", r"[\1]", name)
 
 
-def _frozen_overrides(overrides: Any) -> tuple[Any, ...]:
-    """Turn ``{"*.x": {"w_bits": 8}}`` into nested tuples, so that a config stays hashable."""
+def _frozen_overrides(overrides: Any, clips_by_bits: bool) -> tuple[Any, ...]:
+    """Turn ``{"*.x": {"w_bits": 8}}`` into nested tuples, so that a config stays hashable.
+
+    Args:
+        overrides: as the user gives them, or as nested tuples.
+        clips_by_bits: whether activations that are given other bits get the clip ratio that goes with these.
+    """
     frozen = []
     for pattern, changes in overrides.items() if isinstance(overrides, Mapping) else overrides:
         if changes in ("skip", None):
@@ -299,8 +318,17 @@ def _frozen_overrides(overrides: Any) -> tuple[Any, ...]:
         for name in changes:
             if name not in OVERRIDABLE:
                 raise UnknownOptionError("override", str(name), OVERRIDABLE)
+        bits = changes.get("a_bits", UNQUANTIZED_BITS)
+        check_bits("a_bits", bits)
+        if clips_by_bits and bits != UNQUANTIZED_BITS:
+            changes = {"a_clip": default_clip("a_clip", bits), **changes}
         frozen.append((pattern, tuple(sorted(changes.items()))))
     return tuple(frozen)
+
+
+def default_clip(name: str, bits: int) -> float:
+    """Return the clip ratio of an option where none is given."""
+    return next((clip for most, clip in DEFAULT_CLIPS[name].items() if bits <= most), 1.0)
 
 
 def check_bits(name: str, bits: Any) -> None:

@@ -63,7 +63,8 @@ def test_a_model_is_quantised_while_it_is_loaded_and_saved(tmp_path):
     assert torch.equal(logits(model), expected)
     model.save_pretrained(tmp_path / "saved", max_shard_size="50KB")
     written = json.loads((tmp_path / "saved" / "config.json").read_text())
-    assert written["quantization_config"] == {"quant_method": "quarot", **OPTIONS}
+    clips = {"a_clip": 0.9, "k_clip": 0.95, "v_clip": 0.95}  # written although they are the default's, which may change
+    assert written["quantization_config"] == {"quant_method": "quarot", **OPTIONS, **clips}
     assert len(list((tmp_path / "saved").glob("*.safetensors"))) > 1
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "saved")
     assert torch.equal(logits(compiled(again)), expected)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from quarot_fx.cache.formats import Format, PlainFormat, QuantizedFormat
-from quarot_fx.config import UNQUANTIZED_BITS, QuarotConfig, check_bits, check_clip, check_group
+from quarot_fx.config import UNQUANTIZED_BITS, QuarotConfig, check_bits, check_clip, check_group, default_clip
 from quarot_fx.errors import OptionError
 from quarot_fx.option_checks import check_choice, from_mapping
 
@@ -22,7 +22,8 @@ class CacheOptions:
         k_bits, v_bits: bits of keys and values: 2 to 8, or 16 to keep them in the model's dtype.
         kv_bits: sets both.
         group: channels that share a scale, a divisor of head_dim; ``None`` is head_dim.
-        k_clip, v_clip: ratio in (0, 1] of the range that codes cover.
+        k_clip, v_clip: ratio in (0, 1] of the range that codes cover; where it is not given, that of
+            :data:`~quarot_fx.config.DEFAULT_CLIPS` for the bits.
         clip: sets both.
         rotation: ``"hadamard"``, or ``"none"``.
 
@@ -35,8 +36,8 @@ class CacheOptions:
     v_bits: int = 4
     kv_bits: int | None = None
     group: int | None = None
-    k_clip: float = 0.95
-    v_clip: float = 0.95
+    k_clip: float = None  # type: ignore[assignment]  # a ratio as soon as the options are made
+    v_clip: float = None  # type: ignore[assignment]
     clip: float | None = None
     rotation: str = "hadamard"
 
@@ -45,6 +46,9 @@ class CacheOptions:
             if getattr(self, name) is not None or name != "kv_bits":
                 check_bits(name, getattr(self, name))
         check_group("group", self.group)
+        for name, bits in (("k_clip", self.kv_bits or self.k_bits), ("v_clip", self.kv_bits or self.v_bits)):
+            if getattr(self, name) is None:
+                object.__setattr__(self, name, default_clip(name, bits))
         for name in ("k_clip", "v_clip", "clip"):
             clip = getattr(self, name)
             if isinstance(clip, str):
