@@ -30,8 +30,8 @@ SEARCHED_CLIPS = {
 # paper's: the finer the steps are, the less is gained by making them finer still, and what is cut off stays lost.
 DEFAULT_CLIPS: Mapping[str, Mapping[int, float]] = {
     "a_clip": {5: 0.9, 7: 0.95},
-    "k_clip": {4: 0.95},
-    "v_clip": {4: 0.95},
+    "k_clip": {5: 0.95},
+    "v_clip": {5: 0.95},
 }
 CALIBRATED: Mapping[str, tuple[str, ...]] = {
     "w_rounding": ("gptq", "tuned"),

@@ -20,7 +20,8 @@ _MEMORY: dict[torch.device, torch.Tensor] = {}
 
 def nan_memory(size: int, device: torch.device) -> torch.Tensor:
     """Return uint8 [at least size], on a device, of which any floating-point view is NaN. All callers share it."""
-    device = _indexed(device)
+    if device.type == "cuda" and device.index is None:  # the driver wants a number, and tensors' devices have one
+        device = torch.device("cuda", torch.cuda.current_device())
     memory = _MEMORY.get(device)
     if memory is None or memory.numel() < size:
         memory = _MEMORY[device] = _mapped(size, device)
@@ -28,15 +29,8 @@ def nan_memory(size: int, device: torch.device) -> torch.Tensor:
 
 
 def restore_nan_memory(device: torch.device) -> None:
-    """Undo what somebody wrote, which all callers would read."""
-    _MEMORY[_indexed(device)].fill_(_BYTE)
-
-
-def _indexed(device: torch.device) -> torch.device:
-    """Return the device by its number: "cuda" is the current one."""
-    if device.type == "cuda" and device.index is None:
-        return torch.device("cuda", torch.cuda.current_device())
-    return device
+    """Undo what somebody wrote to memory on the device of a tensor, which all callers would read."""
+    _MEMORY[device].fill_(_BYTE)
 
 
 def _mapped(size: int, device: torch.device) -> torch.Tensor:

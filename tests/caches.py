@@ -11,14 +11,15 @@ from transformers import DynamicCache, PreTrainedModel
 
 import quarot_fx
 from quarot_fx import ops
+from quarot_fx.config import default_clip
 
 
-def quantized(x: Tensor, bits: int = 4, group: int | None = None, clip: float = 0.95) -> Tensor:
+def quantized(x: Tensor, bits: int = 4, group: int | None = None) -> Tensor:
     """What attention sees of keys or values x [..., d], spelled out in the ops that a rewritten graph has."""
     if bits == 16:
         return x
     rotation = f"hadamard-{x.shape[-1]}"
-    codes = ops.quantize_asymmetric(ops.rotate(x, rotation), bits, group, clip)
+    codes = ops.quantize_asymmetric(ops.rotate(x, rotation), bits, group, default_clip("k_clip", bits))
     return ops.rotate(ops.dequantize(*codes, x.dtype), rotation, inverse=True)
 
 

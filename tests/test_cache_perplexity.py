@@ -71,6 +71,7 @@ def test_uncompiled(trained):
         assert in_chunks(model, model, windows, chunk) == pytest.approx(expected, abs=1e-3)
 
 
+@pytest.mark.slow
 def test_token_by_token(trained):
     model, windows = trained
     windows = windows[:, :ONE_BY_ONE]

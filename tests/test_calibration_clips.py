@@ -22,7 +22,7 @@ from quarot_fx.calibration.gptq import gptq_round
 from quarot_fx.calibration.hessian import Hessian
 from quarot_fx.calibration.nearest import nearest_round
 from quarot_fx.calibration.options import GPTQOptions
-from quarot_fx.calibration.weight_clips import COARSE_RATIOS, rounded_at
+from quarot_fx.calibration.weight_clips import OUTPUT_RATIOS, rounded_at
 from quarot_fx.config import QuantScheme, QuarotConfig
 from quarot_fx.errors import ClipNotCalibratedError, NotCalibratedError, OptionError, UnknownOptionError
 from quarot_fx.float64 import relative_difference
@@ -56,7 +56,7 @@ def test_a_weight_rounded_to_nearest_is_never_worse_than_unclipped(seed, scheme)
 def test_the_ratio_of_a_row_is_the_best_of_all(symmetric):
     weight, hessian = problem(rows=16)
     scheme = QuantScheme(3, None, symmetric, "output")
-    errors = [weight - rounded_at(weight, scheme, ratio) for ratio in COARSE_RATIOS]
+    errors = [weight - rounded_at(weight, scheme, ratio) for ratio in OUTPUT_RATIOS]
     least = torch.stack([((one @ hessian.matrix) * one).sum(-1) for one in errors]).amin(0)
     torch.testing.assert_close(nearest_round(weight, hessian, scheme).changes, least)
 

@@ -82,7 +82,7 @@ def test_learned_rotations_are_in_the_checkpoint(tmp_path, monkeypatch):
             marks=pytest.mark.slow,
         ),
         pytest.param("gemma2", {}, {}, marks=pytest.mark.slow),
-        ("gpt2", {}, {}),
+        pytest.param("gpt2", {}, {}, marks=pytest.mark.slow),
         ("mixtral", {}, {}),
     ],
     ids=["tied", "groups", "kernels", "other weights with a cache", "transposed", "experts"],

@@ -344,6 +344,7 @@ def test_eval_tunes_scales_on_a_text(tiny_folder, tmp_path):
     assert (tuned["perplexity"] != rounded["perplexity"]) == (min(tuned["held_out"].values()) < tuned["held_out"]["0"])
 
 
+@pytest.mark.slow
 def test_learned_rotations_are_taken_from_a_folder(tiny_folder, tmp_path):
     rotations, file = tmp_path / "rotations", tmp_path / "out.json"
     data = ("--calibration", "pydoc", "--samples", 4, "--window-length", 16, "--learning", "steps=2")

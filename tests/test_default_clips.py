@@ -16,7 +16,7 @@ OF_FOUR_BITS = {"a_clip": 0.9, "kv_clip": 0.95}
 
 @pytest.mark.parametrize(
     ("bits", "activations", "caches"),
-    [(2, 0.9, 0.95), (4, 0.9, 0.95), (5, 0.9, 1.0), (6, 0.95, 1.0), (7, 0.95, 1.0), (8, 1.0, 1.0), (16, 1.0, 1.0)],
+    [(2, 0.9, 0.95), (4, 0.9, 0.95), (5, 0.9, 0.95), (6, 0.95, 1.0), (7, 0.95, 1.0), (8, 1.0, 1.0), (16, 1.0, 1.0)],
 )
 def test_ratios_follow_from_bits(bits, activations, caches):
     config = QuarotConfig(a_bits=bits, k_bits=bits, v_bits=4)

@@ -38,7 +38,7 @@ class QuarotCache(Cache):
         max_cache_len: number of tokens to make room for. Tensors then keep their shapes and addresses, as compiled
             graphs and CUDA graphs need. ``None`` makes room as tokens come.
         options: those of :class:`CacheOptions`: ``k_bits=4``, ``v_bits=4``, ``kv_bits=None`` (both), ``group=None``
-            (head_dim), ``k_clip``, ``v_clip`` (0.95 up to 4 bits, else 1), ``clip=None`` (both),
+            (head_dim), ``k_clip``, ``v_clip`` (0.95 up to 5 bits, else 1), ``clip=None`` (both),
             ``rotation="hadamard"``.
 
     Raises:

@@ -7,9 +7,10 @@ from torch import Tensor
 
 from quarot_fx.config import QuantScheme
 from quarot_fx.ops.affine import decode, encode, group_count, split_groups, weight_scale_and_zero
-from quarot_fx.ops.clip_search import RATIOS
 
-COARSE_RATIOS = RATIOS[::2]  # 1.00, 0.98, ... 0.22
+# Of many bits only ratios near 1 are of use, and where few directions hold most of the inputs, each of them is another
+# chance that errors cancel there: steps are fine from 1.000 to 0.805, and coarse from 0.80 to 0.22.
+OUTPUT_RATIOS = (*(1 - step / 200 for step in range(40)), *(0.8 - step / 50 for step in range(30)))
 
 
 def search_output_clip(weight: Tensor, hessian: Tensor, scheme: QuantScheme) -> Tensor:
@@ -37,7 +38,7 @@ def search_output_clip(weight: Tensor, hessian: Tensor, scheme: QuantScheme) -> 
         others = products[:, columns] - errors[:, group] @ own
         before, best = errors[:, group], errors[:, group]
         least = _change(best, own, others)
-        for ratio in COARSE_RATIOS[1:]:
+        for ratio in OUTPUT_RATIOS[1:]:
             error = groups[:, group] - rounded_at(groups[:, group], scheme, ratio)
             change = _change(error, own, others)
             is_better = change < least
