@@ -12,6 +12,7 @@ from quarot_fx.graph import Inserter, module_path, value
 from quarot_fx.linear_like import LAYERS, Layer, LinearLike, linear_likes
 from quarot_fx.passes.base import Pass
 from quarot_fx.passes.fusion import insert_fused
+from quarot_fx.passes.matching import reason_against_one_token
 from quarot_fx.passes.quantized import quantized_activation, quantized_weight
 from quarot_fx.program import Program
 from quarot_fx.report import PassReport
@@ -32,7 +33,7 @@ class FuseFloatLinears(Pass):
         roles = Roles(program.graph, self.config)
         for linear in list(linear_likes(program.graph)):
             if _is_large_and_float(linear):
-                if reason := _reason_against(linear):
+                if reason := reason_against_one_token(linear.x):
                     report.decline(module_path(linear.node), reason)
                 else:
                     self._fuse(linear, roles.role(linear), report)
@@ -52,10 +53,3 @@ def _is_large_and_float(linear: LinearLike) -> bool:
     if linear.node.target is not aten.linear.default or value(linear.weight).numel() < FEWEST_WEIGHTS:
         return False
     return quantized_weight(linear.weight) is None and quantized_activation(linear.x) is None
-
-
-def _reason_against(linear: LinearLike) -> str | None:
-    x = value(linear.x)
-    if not all(isinstance(size, int) and size == 1 for size in x.shape[:-1]):
-        return f"an activation {tuple(x.shape)} is more than one token, or not known to be one"
-    return None

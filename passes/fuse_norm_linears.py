@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import operator
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import fx
 
 from quarot_fx.aliasing import argument
-from quarot_fx.graph import Inserter, module_path
+from quarot_fx.graph import Inserter, module_path, value
 from quarot_fx.linear_like import LAYERS
+from quarot_fx.ops.norm_int_linear import WEIGHT_BITS
 from quarot_fx.passes.base import Pass
 from quarot_fx.passes.fusion import insert_fused
-from quarot_fx.passes.one_token import products_of, reason_against_one_token
+from quarot_fx.passes.matching import reason_against_one_token
 from quarot_fx.program import Program
 from quarot_fx.report import PassReport
 
@@ -30,8 +33,7 @@ class FuseNormLinears(Pass):
     tolerance: ClassVar[float | None] = None  # sums of squares run in another order
 
     def run(self, program: Program, report: PassReport) -> None:
-        products = quarot.int_linear.default, quarot.gated_int_linear.default
-        for product, norm in products_of(program, quarot.norm_quantize.default, *products):
+        for product, norm in _products_of_norms(program.graph):
             if reason := _reason_against(product, norm):
                 report.decline(module_path(product), reason)
             else:
@@ -53,9 +55,30 @@ class FuseNormLinears(Pass):
             product.replace_all_uses_with(fused)
 
 
+def _products_of_norms(graph: fx.Graph) -> Iterator[tuple[fx.Node, fx.Node]]:
+    """Yield each product of codes that a norm's op made, and that op's node."""
+    for target in (quarot.int_linear.default, quarot.gated_int_linear.default):
+        for product in graph.find_nodes(op="call_function", target=target):
+            codes: Any = argument(product, "codes")
+            source = codes.all_input_nodes[0] if codes.target is operator.getitem else codes
+            if source.target is quarot.norm_quantize.default:
+                yield product, source
+
+
 def _reason_against(product: fx.Node, norm: fx.Node) -> str | None:
-    if reason := reason_against_one_token(product, norm):
+    if reason := reason_against_one_token(argument(norm, "x")):
         return reason
     if any(argument(norm, name) is not None for name in ("addend", "direction")):
         return "the norm adds to the stream, or takes a direction out of it"
+    if argument(norm, "container") != torch.int8 or not argument(norm, "symmetric"):
+        return "codes are in another type than int8, or have zero points"
+    if any(argument(product, name) is not None for name in ("weight_zero", "weight_sum")):
+        return "the weight has zero points"
+    if any(value(argument(product, name)).shape[-1] > 1 for name in ("scale", "weight_scale")):
+        return "a scale is of a group"
+    if argument(product, "weight_bits") != WEIGHT_BITS:
+        return f"the weight has {argument(product, 'weight_bits')} bits, and the kernel takes {WEIGHT_BITS}"
+    others = {user for part in norm.users for user in part.users} - {product}
+    if others:
+        return f"the same codes are read by {', '.join(sorted(other.name for other in others))}"
     return None

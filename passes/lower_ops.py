@@ -27,7 +27,6 @@ class LowerOps(Pass):
         "fuse-norms",
         "fuse-norm-linears",
         "fuse-rotations",
-        "fuse-rotation-linears",
         "fuse-ropes",
         "fuse-attention",
         "fuse-packed-attention",

@@ -26,7 +26,6 @@ from quarot_fx.passes.fuse_norm_linears import FuseNormLinears
 from quarot_fx.passes.fuse_norms import FuseNorms
 from quarot_fx.passes.fuse_packed_attention import FusePackedAttention
 from quarot_fx.passes.fuse_ropes import FuseRopes
-from quarot_fx.passes.fuse_rotation_linears import FuseRotationLinears
 from quarot_fx.passes.fuse_rotations import FuseRotations
 from quarot_fx.passes.lower_ops import LowerOps
 from quarot_fx.passes.merge_counters import MergeCounters
@@ -66,7 +65,6 @@ DEFAULT_ORDER: tuple[type[Pass], ...] = (
     FuseNorms,
     FuseNormLinears,
     FuseRotations,
-    FuseRotationLinears,
     FuseRopes,
     SimplifyAttention,
     FuseAttention,

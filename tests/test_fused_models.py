@@ -46,14 +46,13 @@ def test_ops_of_a_model(name):
 
 
 @pytest.mark.parametrize("kernels", ["reference", pytest.param("auto", marks=pytest.mark.kernels)])
-def test_norms_and_rotations_across_heads_of_one_token_are_part_of_products(kernels):
+def test_norms_of_one_token_are_part_of_products(kernels):
     if kernels == "auto":
         pytest.importorskip("triton")
     model, ids = BY_NAME["llama"].build().to(DEVICE), random_token_ids(1, 1).to(DEVICE)
     fused = quarot_fx.rewrite(model, ids, kernels=kernels)
     names = [str(node.target).split(".")[1] for node in fused.graph.nodes if str(node.target).startswith("quarot")]
     assert (names.count("norm_int_linear"), names.count("norm_quantize")) == (2 * LAYERS, 0)
-    assert (names.count("rotate_int_linear"), names.count("rotate_quantize")) == (LAYERS, LAYERS)
     with torch.no_grad():
         expected = quarot_fx.rewrite(model, ids, kernels="none")(ids)
         assert relative_difference([fused(ids)[-1]], [expected[-1]]) < FLIPS

@@ -5,7 +5,6 @@ Importing this package imports neither Triton nor CUDA: ``<op>.py`` is imported 
 ``<op>``          launches the kernels of ``quarot::<op>``
 ``rotate_quantize_parts``  ``rotate_quantize`` of few long rows that have no slabs
 ``rotate_slabs``  the part of a Hadamard transform that a warp does by itself
-``token_product``  what ``norm_int_linear`` and ``rotate_int_linear`` share
 ``int_gemv``      the matrix product for one or two tokens
 ``int_matmul``    the matrix product for any number of tokens
 ``split_attention``  what the kernels of ``attend`` and ``attend_packed`` share

@@ -34,7 +34,6 @@ from quarot_fx.lowering.triton.split_attention import (
 
 LINE_BYTES = tl.constexpr(128)  # of the cache
 PRECISION = tl.constexpr("ieee")
-LARGEST_QUERIES = 4096  # bytes that are loaded with one block of keys, and need twice as much shared memory there
 
 
 @triton.jit
@@ -162,11 +161,10 @@ def _attend(
     MASK_ROWS: tl.constexpr,
     KEYS: tl.constexpr,
     ONE_BLOCK: tl.constexpr,
-    Q_WITH_KEYS: tl.constexpr,
     SCANNED_BLOCKS: tl.constexpr,
     EARLY: tl.constexpr,
 ):
-    """Attend to one block of keys in so many, ONE_BLOCK in all or more; queries may be loaded in turn with keys.
+    """Attend to one block of keys in so many, ONE_BLOCK in all or more.
 
     ROWS hold the queries of a group; MASK_ROWS is 1 if they share a mask.
 
@@ -216,9 +214,9 @@ def _attend(
                 is_attended = added(loaded, IS_BOOLEAN) != float("-inf")
                 first = tl.minimum(first, tl.min(tl.where(is_attended, block[:, None], first)))
                 last = tl.maximum(last, tl.max(tl.where(is_attended, block[:, None] + 1, 0)))
-    q_at, is_query = q_at[None, :] + column[:, None], is_column[:, None] & is_row[None, :]
-    if not Q_WITH_KEYS:
-        q_rows = tl.load(q_at, mask=is_query, other=0)
+    q_rows = tl.load(q_at[None, :] + column[:, None], mask=is_column[:, None] & is_row[None, :], other=0)
+    if K_IS_SCALED:
+        q_sum = tl.sum(q_rows.to(tl.float32), axis=0)
     maximum = tl.full((ROWS,), float("-inf"), tl.float32)
     totals_of_keys = tl.zeros((KEYS, ROWS), tl.float32)  # added up in the end, which costs less
     mixed = tl.zeros((V_BLOCK, ROWS), tl.float32)
@@ -253,13 +251,8 @@ def _attend(
             )  # fmt: skip
         else:
             k_rows = _load_block(k_at, start, keys, stride_k, KEYS, K_SIZE, K_BLOCK)
-        if Q_WITH_KEYS:  # the mask keeps it in the loop, whose loads are on their way before anything waits for one
-            q_rows = tl.load(q_at, mask=is_query & (start < keys), other=0)
-        if V_BITS == 16:
-            v_rows = _load_block(v_at, start, keys, stride_v, KEYS, V_SIZE, V_BLOCK)
         scores = dot(k_rows, q_rows, PRECISION)
         if K_IS_SCALED:
-            q_sum = tl.sum(q_rows.to(tl.float32), axis=0)
             origin = k_origin.to(tl.float32) + code_offset(K_BITS, dtype)
             scores = (scores - origin[:, None] * q_sum[None, :]) * (k_factor * scale)[:, None]
         else:
@@ -279,6 +272,8 @@ def _attend(
                 v_at, v_scale, v_zero, start, keys, stride_v, stride_v_scale,
                 KEYS, V_SIZE, V_BLOCK, V_BITS, V_GROUP, dtype,
             )  # fmt: skip
+        else:
+            v_rows = _load_block(v_at, start, keys, stride_v, KEYS, V_SIZE, V_BLOCK)
         if V_IS_SCALED:
             if dtype == tl.float16:  # its range: weights are at most 1 in units of the largest factor
                 unit = tl.max(v_factor, axis=0)
@@ -345,7 +340,6 @@ def attend_rows(
         scale, kv_heads, group, queries, keys, *q.stride()[:3], *chain.from_iterable(strides), *mask_strides,
         K_SIZE=k.size, V_SIZE=v.size, **blocks, K_BITS=k.bits, V_BITS=v.bits, K_GROUP=k.group, V_GROUP=v.group,
         ROWS=rows, MASK_ROWS=mask_rows, KEYS=keys_at_once, ONE_BLOCK=split.each == 1,
-        Q_WITH_KEYS=split.each == 1 and rows * k.block * q.itemsize <= LARGEST_QUERIES,
         SCANNED_BLOCKS=split.scanned_blocks(mask_rows * keys_at_once), **early, **launch,
     )  # fmt: skip
     parts.combine_into(y)

@@ -1,6 +1,6 @@
-"""Matrix-vector products of 16-bit floats for one token: whole rows of the weight stream through registers.
+"""Matrix-vector products of 16-bit floats for one token: a few whole rows of the weight for each program.
 
-The next rows are on their way while a program multiplies. No tensor core is needed for as much as memory delivers.
+No tensor core is needed for as much as memory delivers.
 """
 
 from __future__ import annotations
@@ -19,13 +19,6 @@ from quarot_fx.lowering.triton.rotation_matrices import power_of_two_from
 
 
 @triton.jit
-def _load_rows(w, rows, N, column, SIZE: tl.constexpr):
-    """Load rows [BLOCK_N, columns] of the weight; of no row the last one."""
-    at = w + tl.minimum(rows, N - 1).to(tl.int64)[:, None] * SIZE + column[None, :]
-    return tl.load(at) if column.shape[0] == SIZE else tl.load(at, mask=(column < SIZE)[None, :], other=0)
-
-
-@triton.jit
 def _float_linear(
     x,
     w,
@@ -35,27 +28,19 @@ def _float_linear(
     SIZE: tl.constexpr,
     COLUMNS: tl.constexpr,
     BLOCK_N: tl.constexpr,
-    BLOCKS: tl.constexpr,
     EARLY: tl.constexpr,
 ):
-    """Multiply BLOCKS blocks of BLOCK_N rows of SIZE numbers, which COLUMNS hold."""
-    column = tl.arange(0, COLUMNS)
-    start = tl.program_id(0) * (BLOCK_N * BLOCKS)
-    rows = start + tl.arange(0, BLOCK_N)
+    """Multiply BLOCK_N rows of SIZE numbers, which COLUMNS hold."""
+    rows, column = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N), tl.arange(0, COLUMNS)
+    row_at = tl.minimum(rows, N - 1)
     wait_for_inputs(EARLY)
     let_dependents_start(EARLY)
-    loaded = _load_rows(w, rows, N, column, SIZE)
-    values = as_float32(tl.load(x + column, mask=column < SIZE, other=0))[None, :]
-    for index in range(BLOCKS):
-        rows = start + index * BLOCK_N + tl.arange(0, BLOCK_N)
-        if BLOCKS > 1:
-            following = _load_rows(w, rows + BLOCK_N if index + 1 < BLOCKS else rows, N, column, SIZE)
-        result = tl.sum(as_float32(loaded) * values, axis=1)
-        if bias is not None:
-            result += tl.load(bias + tl.minimum(rows, N - 1)).to(tl.float32)
-        tl.store(y + rows, round_to(result, y.dtype.element_ty), mask=rows < N)
-        if BLOCKS > 1:
-            loaded = following
+    weights = tl.load(w + row_at.to(tl.int64)[:, None] * SIZE + column[None, :], mask=(column < SIZE)[None, :], other=0)
+    values = as_float32(tl.load(x + column, mask=column < SIZE, other=0))
+    result = tl.sum(as_float32(weights) * values[None, :], axis=1)
+    if bias is not None:
+        result += tl.load(bias + row_at).to(tl.float32)
+    tl.store(y + rows, round_to(result, y.dtype.element_ty), mask=rows < N)
 
 
 def float_linear(x: Tensor, weight: Tensor, bias: Tensor | None, launch: Mapping[str, Any] | None = None) -> Tensor:
@@ -63,9 +48,9 @@ def float_linear(x: Tensor, weight: Tensor, bias: Tensor | None, launch: Mapping
     rows, size = weight.shape
     y = x.new_empty((*x.shape[:-1], rows))
     if y.numel():
-        launch = dict(launch or tiles.nearest("float_linear", x.device, rows=rows, columns=size))
+        launch = launch or tiles.nearest("float_linear", x.device, rows=rows, columns=size)
         early = describe(x.device).starts_early
-        _float_linear[(triton.cdiv(rows, launch["BLOCK_N"] * launch["BLOCKS"]),)](
+        _float_linear[(triton.cdiv(rows, launch["BLOCK_N"]),)](
             x.contiguous(), weight.contiguous(), None if bias is None else bias.contiguous(), y, rows,
             SIZE=size, COLUMNS=power_of_two_from(size), EARLY=early, launch_pdl=early, **launch,
         )  # fmt: skip

@@ -11,8 +11,6 @@ from triton import constexpr_function
 
 from quarot_fx.lowering.triton.language import INTERPRETED, round_to
 
-HIGH_NIBBLES, SIGNS = tl.constexpr(-0x0F0F0F10), tl.constexpr(-0x7F7F7F80)  # 0xF0 and 0x80 in each byte
-
 
 @triton.jit
 def low_codes_times_16(packed):
@@ -44,23 +42,6 @@ def high_codes_times_16(packed):
             dtype=tl.int8,
             is_pure=True,
             pack=4,
-        )
-    return result
-
-
-@triton.jit
-def high_codes_of_words_times_16(words):
-    """Return words whose bytes are 16 q for the codes q in -8..7 that the high nibbles of those of ``words`` hold."""
-    if INTERPRETED:
-        result = (words & HIGH_NIBBLES) ^ SIGNS
-    else:
-        result = tl.inline_asm_elementwise(
-            "lop3.b32 $0, $1, 0xF0F0F0F0, 0x80808080, 0x6A;",  # (a & b) ^ c
-            "=r,r",
-            [words],
-            dtype=tl.int32,
-            is_pure=True,
-            pack=1,
         )
     return result
 

@@ -26,10 +26,6 @@ def _rotate_quantize(x: Tensor, gate: Tensor | None, activation: str, rotation: 
         matrices(cut, x.device, x.dtype)
 
 
-def _rotate_int_linear(x: Tensor, rotation: str, inner: int, *rest: Any) -> None:
-    _rotate_quantize(x, None, "identity", rotation, inner)
-
-
 def _rope_rotate(x: Tensor, cos: Tensor, sin: Tensor, rotation: str) -> None:
     if cut := head_slabs(rotation, x.shape[-1], x.dtype):
         matrices(cut, x.device, x.dtype)
@@ -54,6 +50,5 @@ PREPARATIONS: dict[str, Callable[..., None]] = {
     "append_pair": _append_pair,
     "rope_rotate": _rope_rotate,
     "rotate": _rotate,
-    "rotate_int_linear": _rotate_int_linear,
     "rotate_quantize": _rotate_quantize,
 }

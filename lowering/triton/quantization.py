@@ -24,7 +24,7 @@ def rows_of_groups(values):
 
 
 @triton.jit
-def largest_magnitude(values):
+def _largest_magnitude(values):
     """Return max|x| of each group of [groups, elements]; a NaN wins."""
     if INTERPRETED:  # bits of floats are ordered like |x|, with NaN above infinity; any other reduction would be slow
         magnitudes = values.to(tl.int32, bitcast=True) & 0x7FFFFFFF
@@ -76,7 +76,7 @@ def quantization(rows, unit, clip, SYMMETRIC: tl.constexpr, BITS: tl.constexpr):
     HIGHEST: tl.constexpr = 2.0 ** (BITS - 1) - 1
     LOWEST: tl.constexpr = -HIGHEST - 1
     CODE_OF_NAN: tl.constexpr = 0.0 if SYMMETRIC else LOWEST
-    largest = largest_magnitude(rows)
+    largest = _largest_magnitude(rows)
     is_finite = largest < float("inf")
     if SYMMETRIC:
         step = symmetric_step(largest, unit, clip, BITS)
@@ -138,7 +138,7 @@ def store_quantized(values, unit, codes_at, mask, scale, zero, sums, groups, is_
 def _maximum(rows):
     """Return the maximum of each row of [rows, elements]; a NaN wins."""
     if INTERPRETED:
-        magnitude = largest_magnitude(rows)
+        magnitude = _largest_magnitude(rows)
         largest = tl.where(magnitude == magnitude, tl.max(rows, axis=1), magnitude)
     else:
         largest = tl.reduce(rows, 1, _maximum_or_nan)

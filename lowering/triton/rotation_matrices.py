@@ -65,11 +65,6 @@ class Split:
         return bool(self.sides[0] and self.sides[1])
 
     @property
-    def is_across_heads(self) -> bool:
-        """Whether one product rotates the row: on its first axis, of elements whose number is a power of two."""
-        return not (self.sides[1] or self.sides[2]) and self.blocks[2] == self.sizes[2]
-
-    @property
     def elements(self) -> int:
         """Elements of the row, filled up."""
         return math.prod(self.blocks)

@@ -112,15 +112,6 @@ def _norm_int_linear(
     return _reason_against_token(x, dtype)
 
 
-def _rotate_int_linear(x: Tensor, rotation: str, inner: int, *rest: Any) -> str | None:
-    if reason := _reason_against_token(x, rest[-1]):
-        return reason
-    cut = split(Rotation.parse(rotation), x.shape[-1], inner, x.dtype)
-    if cut is None or not cut.is_across_heads:
-        return f"{rotation} is not only across heads, which are powers of two, and takes each program too long"
-    return None
-
-
 def _reason_against_token(x: Tensor, dtype: torch.dtype) -> str | None:
     if reason := _reason_against_device(x.device) or _reason_against_row(x):
         return reason
@@ -279,6 +270,5 @@ REASONS: dict[str, Callable[..., str | None]] = {
     "quantize_activation": _quantize_activation,
     "rope_rotate": _rope_rotate,
     "rotate": _rotate,
-    "rotate_int_linear": _rotate_int_linear,
     "rotate_quantize": _rotate_quantize,
 }

@@ -24,7 +24,6 @@ from quarot_fx.ops.quantize_symmetric import quantize_symmetric
 from quarot_fx.ops.quantize_weight import quantize_weight
 from quarot_fx.ops.rope_rotate import rope_rotate
 from quarot_fx.ops.rotate import rotate
-from quarot_fx.ops.rotate_int_linear import rotate_int_linear
 from quarot_fx.ops.rotate_quantize import rotate_quantize
 from quarot_fx.ops.unpack import unpack
 
@@ -57,7 +56,6 @@ __all__ = [
     "quantize_weight",
     "rope_rotate",
     "rotate",
-    "rotate_int_linear",
     "rotate_quantize",
     "unpack",
 ]
