@@ -314,6 +314,36 @@ def test_every_path_accumulates_exactly(tokens: int, container: torch.dtype, bit
     assert torch.equal(provider.implementation(*args).cpu().double(), codes.double() @ weight.double().mT)
 
 
+@pytest.mark.parametrize("launch", [None, {"WORDS": 512, "num_warps": 4}])
+@pytest.mark.parametrize("rows", [48, 70])
+def test_integer_sums_of_a_normalised_token_are_exact(launch: dict[str, int] | None, rows: int) -> None:
+    """The token's numbers are its codes, up to a factor: none lies between two."""
+    from quarot_fx.lowering.triton.norm_int_linear import norm_int_linear
+
+    generator = torch.Generator().manual_seed(rows)
+    codes = torch.randint(-7, 8, (1, 1000), generator=generator)
+    codes[0, 5] = 7
+    norm_quantize = DECLARATIONS["norm_quantize"].reference
+    _, scale, *_ = norm_quantize(codes.float(), None, None, None, 0.0, 4, None, 1.0, True, torch.int8)
+    weight = torch.randint(-8, 8, (rows, 1000), dtype=torch.int8, generator=generator)
+    packed = DECLARATIONS["pack_weight"].reference(weight, 4)
+    args = (codes.float(), None, 0.0, 4, 1.0, packed, torch.ones(rows, 1), None, None, torch.float32, None)
+    actual = norm_int_linear(*on_device(args), launch=launch)
+    sums = actual.cpu().double() / scale
+    assert torch.equal(sums.round(), codes.double() @ weight.double().mT)
+    assert (sums - sums.round()).abs().max() < 0.01
+
+
+@pytest.mark.parametrize("place", [0, 1023])
+@pytest.mark.parametrize("number", [torch.nan, torch.inf])
+def test_a_token_that_is_not_finite_shows(number: float, place: int) -> None:
+    x, *rest = next(args for args in inputs("norm_int_linear") if args[0].shape[-1] == 1024)
+    x = x.clone()
+    x[..., place] = number
+    result = DECLARATIONS["norm_int_linear"].providers["triton"].implementation(*on_device((x, *rest)))
+    assert result.isnan().all()
+
+
 @pytest.mark.parametrize("name", ["int_linear", "gated_int_linear"])
 def test_split_products_are_the_same_in_every_run(name: str) -> None:
     multiply = getattr(import_module(f"quarot_fx.lowering.triton.{name}"), name)
@@ -331,7 +361,16 @@ def test_every_gpu_has_launch_parameters_that_fit_it(
     capability: tuple[int, int], kibibytes: int, is_hopper_like: bool
 ) -> None:
     found = tiles.table(Device(capability, kibibytes * 1024, multiprocessors=132))
-    for kernel in ("attend", "attend_packed", "int_gemv", "int_matmul", "int_matmul_float8", "rotate_quantize"):
+    for kernel in (
+        "attend",
+        "attend_packed",
+        "float_linear",
+        "int_gemv",
+        "int_matmul",
+        "int_matmul_float8",
+        "norm_int_linear",
+        "rotate_quantize",
+    ):
         assert found[kernel]
     assert (len(found["int_matmul"]) > 10) == is_hopper_like
 
