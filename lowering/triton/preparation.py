@@ -11,7 +11,15 @@ from typing import Any
 
 from torch import Tensor
 
-from quarot_fx.lowering.triton.rotation_matrices import head_matrices, head_slabs, matrices, possible_splits, split
+from quarot_fx.lowering.triton.append_prompt import SIZES
+from quarot_fx.lowering.triton.rotation_matrices import (
+    head_matrices,
+    head_matrices_by_thread,
+    head_slabs,
+    matrices,
+    possible_splits,
+    split,
+)
 from quarot_fx.ops.append_pair import arguments_of_each
 from quarot_fx.rotation import Rotation
 
@@ -39,6 +47,8 @@ def _append(*args: Any) -> None:
     x, balance, rotation = args[3], args[7], args[8]
     if balance is not None or rotation is not None:
         head_matrices(x.shape[-1], x.device, x.dtype, rotation, balance)
+        if x.shape[-1] in SIZES:
+            head_matrices_by_thread(x.shape[-1], x.device, x.dtype, rotation, balance)
 
 
 def _append_pair(*args: Any) -> None:

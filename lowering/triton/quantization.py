@@ -60,6 +60,13 @@ def _clamped(shifted, origin, lowest, highest):
 
 
 @triton.jit
+def symmetric_step(largest, unit, clip, BITS: tl.constexpr):
+    """Return the step of symmetric codes of numbers, in units of ``unit``, of which this magnitude is the largest."""
+    step = divide_scalars(largest * unit * clip, 2.0 ** (BITS - 1) - 1)
+    return tl.where(step == 0, 1.0, step)
+
+
+@triton.jit
 def quantization(rows, unit, clip, SYMMETRIC: tl.constexpr, BITS: tl.constexpr):
     """Return the step, the zero point, and the lowest and the highest code of each group of float32 [groups, n].
 
@@ -72,8 +79,7 @@ def quantization(rows, unit, clip, SYMMETRIC: tl.constexpr, BITS: tl.constexpr):
     largest = _largest_magnitude(rows)
     is_finite = largest < float("inf")
     if SYMMETRIC:
-        step = divide_scalars(largest * unit * clip, HIGHEST)
-        step = tl.where(step == 0, 1.0, step)
+        step = symmetric_step(largest, unit, clip, BITS)
         zeros = tl.zeros_like(step)
     else:
         low = tl.minimum(tl.min(rows, axis=1), 0.0) * unit * clip
@@ -101,6 +107,14 @@ def store_codes(values, unit, codes_at, mask, step, zeros, lowest, highest, size
     if not SYMMETRIC:
         total -= (values.shape[1] * values.shape[2] - size) * zeros.to(tl.int32)
     return total
+
+
+@triton.jit
+def packed_words(values, unit, step, BITS: tl.constexpr):
+    """Return symmetric codes of float32 [words, 4], four of 8 bits in each word, int32."""
+    HIGHEST: tl.constexpr = 2.0 ** (BITS - 1) - 1
+    shifted = _round_to_code(values, divide_scalars(1.0, step) * unit, None, -HIGHEST - 1, HIGHEST)
+    return tl.sum((shifted.to(tl.int32, bitcast=True) & 0xFF) << (8 * tl.arange(0, 4))[None, :], axis=1)
 
 
 @triton.jit

@@ -223,6 +223,21 @@ def head_matrices(
     return HeadMatrices(filled.to(dtype).to(device), norm)  # cast first: a kernel may read them before it waits
 
 
+@cache  # unbounded: recorded CUDA graphs read them
+def head_matrices_by_thread(
+    size: int, device: torch.device, dtype: torch.dtype, rotation: str | None, balance: str | None = None
+) -> HeadMatrices:
+    """Return the same with columns, and rows of each half, in the places that a tensor core gives to a thread.
+
+    The four threads of a row of a product have two neighbouring elements of every eight each: here a quarter of a half
+    of what is rotated, and a quarter of the result.
+    """
+    of_heads = head_matrices(size, torch.device("cpu"), dtype, rotation, balance)
+    column = torch.arange(size).view(4, -1, 2).transpose(0, 1).flatten()
+    row = torch.arange(size).view(2, 4, -1, 2).transpose(1, 2).flatten()
+    return HeadMatrices(of_heads.values[:, row][..., column].contiguous().to(device), of_heads.norm)
+
+
 def _matrix(side: tuple[Factor, ...], block: int, outer: int, transposed: bool) -> Tensor:
     arrays = [f.array() * (math.sqrt(f.order) if f.family == "hadamard" else 1) for f in side]
     product = torch.from_numpy(reduce(lambda a, b: np.kron(a, b), [np.eye(outer), *arrays]))
