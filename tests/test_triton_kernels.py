@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import json
+import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from importlib import import_module
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -73,6 +77,17 @@ def test_kernels_take_nearly_all_inputs_of_their_op(name: str) -> None:
     provider = DECLARATIONS[name].providers["triton"]
     reasons = [provider.reason_against(*on_device(args)) for args in inputs(name)]
     assert reasons.count(None) >= 0.7 * len(reasons), reasons
+
+
+@pytest.mark.skipif(DEVICE == "cuda" or sys.platform != "linux", reason="with a GPU they are compiled to run")
+@pytest.mark.parametrize("names", [("append", "rope_rotate"), pytest.param(OPS, marks=pytest.mark.slow, id="all")])
+def test_kernels_are_translated_for_a_gpu(names: Sequence[str]) -> None:
+    """Triton's interpreter does not see the types that its compiler refuses."""
+    program = Path(__file__).with_name("compile_for_gpu.py")
+    environment = os.environ | {"TRITON_INTERPRET": "0"}
+    process = subprocess.run([sys.executable, program, *names], capture_output=True, text=True, env=environment)
+    assert process.returncode == 0, process.stderr[-2000:]
+    assert json.loads(process.stdout) == {name: [] for name in names}
 
 
 @pytest.mark.parametrize("symmetric", [True, False])

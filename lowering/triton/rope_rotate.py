@@ -32,10 +32,14 @@ PROGRAMS = 4  # on a multiprocessor, before a program takes several heads
 
 @triton.jit
 def matrix_of_head(matrices, head, sharing, BLOCK: tl.constexpr):
-    """Return where the matrix of a head is, of those [BLOCK, BLOCK] that so many heads share, or all heads one."""
-    if sharing is not None:
-        matrices += head // sharing * (BLOCK * BLOCK)
-    return matrices
+    """Return where the matrix [BLOCK, BLOCK] of a head is, which so many share, or all; nothing of nothing."""
+    if matrices is None:
+        at = None
+    elif sharing is None:
+        at = matrices
+    else:
+        at = matrices + head // sharing * (BLOCK * BLOCK)
+    return at
 
 
 @triton.jit
