@@ -11,6 +11,7 @@ from quarot_fx.config import QuarotConfig
 from quarot_fx.errors import CheckError, PipelineError, UnknownOptionError
 from quarot_fx.float64 import relative_difference, run_in_float64
 from quarot_fx.garbage import collected_rarely
+from quarot_fx.passes.balance_keys import BalanceKeys
 from quarot_fx.passes.base import Pass, pass_name
 from quarot_fx.passes.compute_once import ComputeOnce
 from quarot_fx.passes.fold_biases import FoldBiases
@@ -52,6 +53,7 @@ DEFAULT_ORDER: tuple[type[Pass], ...] = (
     FoldBiases,  # before gains: a norm's bias stands between its gain and the linears
     FoldGains,
     FoldMeans,
+    BalanceKeys,  # before rotations are placed: balanced keys are what is rotated
     PlaceRotations,
     Rotate,
     QuantizeWeights,

@@ -202,7 +202,7 @@ def appended(x: torch.Tensor, bits: int, group: int | None, clip: float) -> list
     declaration = DECLARATIONS["append"]
     codes, scale, zero = DECLARATIONS["quantize_asymmetric"].reference(x, bits, group, clip)
     rows = (DECLARATIONS["pack"].reference(codes, bits), scale, zero)
-    args = (*map(torch.zeros_like, rows), x, torch.arange(x.shape[2]), None, None, None, bits, group, clip)
+    args = (*map(torch.zeros_like, rows), x, torch.arange(x.shape[2]), None, None, None, None, bits, group, clip)
     kernel = outcome(declaration, declaration.providers["triton"].implementation, on_device(args))
     return [tuple(tensor.cpu() for tensor in kernel), rows]
 
@@ -241,7 +241,8 @@ def test_what_is_not_finite_shows_in_its_group_only(value: float) -> None:
 def test_reasons_against_appending(change: dict[str, Any], reason: str) -> None:
     codes, scale = torch.zeros(1, 2, 9, 48, dtype=torch.uint8), torch.zeros(1, 2, 9, 1)
     args = {"codes": codes, "scale": scale, "zero": scale.byte(), "x": torch.zeros(1, 2, 3, 96), "position": None,
-            "cos": None, "sin": None, "rotation": None, "bits": 4, "group": None, "clip": 1.0} | change  # fmt: skip
+            "cos": None, "sin": None, "balance": None, "rotation": None, "bits": 4, "group": None, "clip": 1.0,
+            **change}  # fmt: skip
     found = DECLARATIONS["append"].providers["triton"].reason_against(*on_device(tuple(args.values())))
     assert found is not None
     assert reason in found
@@ -255,7 +256,7 @@ def test_prompts_of_many_heads(shape: tuple[int, int, int, int], each: int, bits
     for actual, expected in zip(kernel, reference, strict=True):
         assert torch.equal(actual, expected)
     if DEVICE == "cpu":  # the interpreter's multiprocessors are few
-        new = Appended(*on_device((*kernel, x, torch.arange(130), None, None, None, bits, group, 0.95)))
+        new = Appended(*on_device((*kernel, x, torch.arange(130), None, None, None, None, bits, group, 0.95)))
         assert append_prompt.takes(new)
         assert append_prompt.heads_of_programs([new]) == [each]
 
@@ -266,7 +267,7 @@ def test_prompts_of_many_heads_are_embedded_and_rotated(heads: int) -> None:
     x = torch.randn(2, 150, heads, 64, generator=generator).bfloat16().transpose(1, 2)
     angles = torch.rand(2, 150, 64, generator=generator)
     codes, scale = torch.zeros(2, heads, 150, 32, dtype=torch.uint8), torch.zeros(2, heads, 150, 1)
-    rest = (angles.cos().bfloat16(), angles.sin().bfloat16(), "hadamard-64", 4, None, 0.95)
+    rest = (angles.cos().bfloat16(), angles.sin().bfloat16(), None, "hadamard-64", 4, None, 0.95)
     args = (codes, scale, scale.byte(), x, torch.arange(140), *rest)  # the first ten are not stored
     declaration = DECLARATIONS["append"]
     expected = outcome(declaration, declaration.reference, args)
@@ -290,8 +291,8 @@ def test_prompts_of_many_heads_are_embedded_and_rotated(heads: int) -> None:
 def test_what_the_kernel_of_prompts_takes(change: dict[str, Any], is_taken: bool) -> None:
     codes, scale = torch.zeros(1, 2, 99, 64, dtype=torch.uint8), torch.zeros(1, 2, 99, 1)
     args = {"codes": codes, "scale": scale, "zero": scale.byte(), "x": torch.zeros(1, 2, 64, 128, dtype=torch.bfloat16),
-            "position": torch.arange(64), "cos": None, "sin": None, "rotation": None, "bits": 4, "group": None,
-            "clip": 1.0} | change  # fmt: skip
+            "position": torch.arange(64), "cos": None, "sin": None, "balance": None, "rotation": None, "bits": 4,
+            "group": None, "clip": 1.0} | change  # fmt: skip
     assert append_prompt.takes(Appended(*on_device(tuple(args.values())))) == is_taken
 
 

@@ -156,7 +156,9 @@ def _rotate_quantize(
     return _reason_against_split(x, split(Rotation.parse(rotation), x.shape[-1], inner, x.dtype), rotation)
 
 
-def _rope_rotate(x: Tensor, cos: Tensor, sin: Tensor, rotation: str) -> str | None:
+def _rope_rotate(
+    x: Tensor, cos: Tensor, sin: Tensor, rotation: str, balance: str | None = None, inverse: bool = False
+) -> str | None:
     if reason := _reason_against_device(x.device) or _reason_against_row(x):
         return reason
     return _reason_against_head(x.shape[-1])
@@ -170,6 +172,7 @@ def _append(
     position: Tensor,
     cos: Tensor | None,
     sin: Tensor | None,
+    balance: str | None,
     rotation: str | None,
     bits: int,
     group: int | None,
@@ -180,8 +183,8 @@ def _append(
     size = x.shape[-1]
     if any(tensor.stride(-1) != 1 for tensor in (codes, scale, zero)):
         return "the cache has gaps in its last axis"
-    if cos is not None and rotation is None:
-        return "an embedding without a rotation after it is left to the compiler of the rest"
+    if cos is not None and balance is None and rotation is None:
+        return "an embedding with nothing after it is left to the compiler of the rest"
     if group is not None and group != size and group & (group - 1):
         return f"groups of {group}: the kernel takes whole heads and powers of two"
     return _reason_against_head(size) or _reason_against_bits(bits)

@@ -5,6 +5,7 @@ from quarot_fx.ops.append_dequantize import append_dequantize
 from quarot_fx.ops.append_pair import append_pair
 from quarot_fx.ops.attend import attend
 from quarot_fx.ops.attend_packed import attend_packed
+from quarot_fx.ops.balance import balance
 from quarot_fx.ops.declaration import DECLARATIONS, OpDeclaration, Provider, declaration_of, declare
 from quarot_fx.ops.dequantize import dequantize
 from quarot_fx.ops.expert_linear import expert_linear
@@ -36,6 +37,7 @@ __all__ = [
     "append_pair",
     "attend",
     "attend_packed",
+    "balance",
     "declaration_of",
     "declare",
     "dequantize",
