@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
 import pytest
 import torch
@@ -16,6 +17,14 @@ def no_interpreter(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPat
     """Let only the tests that are about kernels, marked so, have graphs lowered to interpreted ones: they are slow."""
     if request.node.get_closest_marker("kernels") is None:
         monkeypatch.setattr("quarot_fx.lowering.triton.support.runs_interpreted", lambda: False)
+
+
+@pytest.fixture(scope="session")
+def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a folder with a tiny Llama and its tokenizer, for commands that read it."""
+    from models import save_tiny_model  # transformers, which tests of kernels start without
+
+    return save_tiny_model(tmp_path_factory.mktemp("tiny"))
 
 
 @pytest.fixture

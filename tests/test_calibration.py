@@ -7,9 +7,10 @@ import json
 import pytest
 import torch
 from graphs import WIDTH, Decoder, Lambda, fill, linear
-from models import babyllama, random_token_ids, stories, tiny_model
+from models import random_token_ids, tiny_model
 from tiny_decoders import build
 from torch import nn
+from trained import babyllama, divergence, stories
 from transformers import DynamicCache
 
 import quarot_fx
@@ -55,14 +56,6 @@ def output_error(model, tokens, **options):
 def trained():
     """A trained model, and sequences that it wrote itself."""
     return babyllama(), stories(24, 96)
-
-
-def divergence(model, tokens, **options):
-    """Return the mean Kullback-Leibler divergence of the quantised model's predictions from the float model's."""
-    inputs = {"input_ids": tokens, "use_cache": False}
-    expected = model(**inputs).logits.log_softmax(-1)
-    actual = quarot_fx.rewrite(model, inputs, **options)(tokens)[0].log_softmax(-1)
-    return nn.functional.kl_div(actual, expected, log_target=True, reduction="none").sum(-1).mean().item()
 
 
 @pytest.mark.parametrize(
