@@ -63,7 +63,7 @@ def trained():
     [
         {},
         pytest.param({"act_order": False, "sweeps": 0}, marks=pytest.mark.slow),
-        {"target": "model", "quantized_inputs": True},
+        pytest.param({"target": "model", "quantized_inputs": True}, marks=pytest.mark.slow),
     ],
     ids=["default", "as published", "towards the model"],
 )
@@ -114,7 +114,7 @@ def test_the_model_stays_as_it_is():
 
 
 def test_prompt_and_decoding_use_the_codes(graphs):
-    model, tokens = tiny_model("llama"), random_token_ids(length=9)
+    model, tokens = tiny_model("llama", num_hidden_layers=1), random_token_ids(length=9)
     quarot_fx.calibrate(model, random_token_ids(8, 16, seed=1))
     whole = quarot_fx.rewrite(model, {"input_ids": tokens, "use_cache": False}, **GPTQ)(tokens)[0]
     compiled = torch.compile(model, backend="quarot", options=EAGER)

@@ -140,7 +140,7 @@ def test_the_model_stays_as_it_is():
 
 
 def test_prompt_and_decoding_agree(graphs):
-    model, tokens = tiny_model("llama"), random_token_ids(length=9)
+    model, tokens = tiny_model("llama", num_hidden_layers=1), random_token_ids(length=9)
     learned = learn(model, random_token_ids(4, 16, seed=1))
     options = {"learned_rotations": learned}
     whole = quarot_fx.rewrite(model, {"input_ids": tokens, "use_cache": False}, **options)(tokens)[0]
