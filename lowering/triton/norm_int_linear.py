@@ -23,8 +23,7 @@ from quarot_fx.lowering.triton.quantization import packed_words, symmetric_step
 from quarot_fx.lowering.triton.rotation_matrices import power_of_two_from
 
 CODES = tl.constexpr(4)  # in a word of the token's, 8 bits each
-HIGH_NIBBLES, SIGNS = tl.constexpr(-0x0F0F0F10), tl.constexpr(-0x7F7F7F80)  # 0xF0 and 0x80 in each byte
-UNIT = tl.constexpr(16.0)  # of nibbles that are made signed bytes, so that no sum of the token's codes is needed
+LOW_NIBBLES, MINUS_EIGHTS = tl.constexpr(0x0F0F0F0F), tl.constexpr(-0x07070708)  # a number in each byte
 
 
 @triton.jit
@@ -98,10 +97,13 @@ def _norm_int_linear(
     step = symmetric_step(largest, unit, clip, BITS)
     low_codes = packed_words(low_values, unit, step, BITS)
     high_codes = packed_words(high_values, unit, step, BITS)
-    products = tl.zeros((BLOCK_N, COLUMNS), tl.int32)
-    products = dot4(((words << 4) & HIGH_NIBBLES) ^ SIGNS, low_codes[None, :], products)
-    products = dot4((words & HIGH_NIBBLES) ^ SIGNS, high_codes[None, :], products)
-    value = tl.sum(products, axis=1).to(tl.float32) * (w_scales.to(tl.float32) * (step / UNIT))
+    low_codes, high_codes = low_codes[None, :], high_codes[None, :]
+    # Nibbles are codes plus 8. That is taken off where sums begin, since what the token's codes add up to is not known.
+    eights = tl.full((BLOCK_N, COLUMNS), MINUS_EIGHTS, tl.int32)
+    products = dot4(eights, high_codes, dot4(eights, low_codes, tl.zeros_like(eights)))
+    products = dot4(words & LOW_NIBBLES, low_codes, products)
+    products = dot4((words >> 4) & LOW_NIBBLES, high_codes, products)
+    value = tl.sum(products, axis=1).to(tl.float32) * (w_scales.to(tl.float32) * step)
     if bias is not None:
         value += biases.to(tl.float32)
     if ACTIVATION is not None:
