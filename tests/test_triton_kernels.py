@@ -16,7 +16,8 @@ from quarot_fx.ops import DECLARATIONS, OpDeclaration
 pytest.importorskip("triton", reason="kernels need Triton, which is there for Linux only")
 
 from quarot_fx.lowering import triton as kernels  # registers the provider
-from quarot_fx.lowering.triton import tiles
+from quarot_fx.lowering.triton import append_prompt, tiles
+from quarot_fx.lowering.triton.appended import Appended
 from quarot_fx.lowering.triton.device import Device
 from quarot_fx.lowering.triton.rotation_matrices import split
 from quarot_fx.rotation import Rotation
@@ -244,6 +245,54 @@ def test_reasons_against_appending(change: dict[str, Any], reason: str) -> None:
     found = DECLARATIONS["append"].providers["triton"].reason_against(*on_device(tuple(args.values())))
     assert found is not None
     assert reason in found
+
+
+@pytest.mark.parametrize(("shape", "each"), [((2, 8, 130, 128), 4), ((3, 6, 130, 64), 1)])  # 6 are not divisible by 4
+@pytest.mark.parametrize(("bits", "group"), [(2, None), (4, None), (4, 32), (8, None)])
+def test_prompts_of_many_heads(shape: tuple[int, int, int, int], each: int, bits: int, group: int | None) -> None:
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(bits)).bfloat16()
+    kernel, reference = appended(x, bits, group, 0.95)
+    for actual, expected in zip(kernel, reference, strict=True):
+        assert torch.equal(actual, expected)
+    if DEVICE == "cpu":  # the interpreter's multiprocessors are few
+        new = Appended(*on_device((*kernel, x, torch.arange(130), None, None, None, bits, group, 0.95)))
+        assert append_prompt.takes(new)
+        assert append_prompt.heads_of_programs([new]) == [each]
+
+
+@pytest.mark.parametrize("heads", [8, 6])
+def test_prompts_of_many_heads_are_embedded_and_rotated(heads: int) -> None:
+    generator = torch.Generator().manual_seed(heads)
+    x = torch.randn(2, 150, heads, 64, generator=generator).bfloat16().transpose(1, 2)
+    angles = torch.rand(2, 150, 64, generator=generator)
+    codes, scale = torch.zeros(2, heads, 150, 32, dtype=torch.uint8), torch.zeros(2, heads, 150, 1)
+    rest = (angles.cos().bfloat16(), angles.sin().bfloat16(), "hadamard-64", 4, None, 0.95)
+    args = (codes, scale, scale.byte(), x, torch.arange(140), *rest)  # the first ten are not stored
+    declaration = DECLARATIONS["append"]
+    expected = outcome(declaration, declaration.reference, args)
+    actual = outcome(declaration, declaration.providers["triton"].implementation, on_device(args))
+    for index, (one, other) in enumerate(zip(actual, expected, strict=True)):
+        check_agrees(declaration, one, other, codes.numel() if index == 0 else scale.numel())
+
+
+@pytest.mark.parametrize(
+    ("change", "is_taken"),
+    [
+        ({}, True),
+        ({"x": torch.zeros(1, 2, 64, 128, dtype=torch.float16)}, True),
+        ({"x": torch.zeros(1, 2, 64, 128)}, False),  # no two numbers in a word
+        ({"x": torch.zeros(1, 2, 63, 128, dtype=torch.bfloat16)}, False),
+        # Rows begin within a word; a copy from one device to another would not keep that.
+        ({"codes": torch.zeros(1, 2, 99, 65, dtype=torch.uint8, device=DEVICE)[..., :64]}, False),
+        ({"clip": 1e-3}, False),  # quotients would not fit 16 bits
+    ],
+)
+def test_what_the_kernel_of_prompts_takes(change: dict[str, Any], is_taken: bool) -> None:
+    codes, scale = torch.zeros(1, 2, 99, 64, dtype=torch.uint8), torch.zeros(1, 2, 99, 1)
+    args = {"codes": codes, "scale": scale, "zero": scale.byte(), "x": torch.zeros(1, 2, 64, 128, dtype=torch.bfloat16),
+            "position": torch.arange(64), "cos": None, "sin": None, "rotation": None, "bits": 4, "group": None,
+            "clip": 1.0} | change  # fmt: skip
+    assert append_prompt.takes(Appended(*on_device(tuple(args.values())))) == is_taken
 
 
 # -- choice of launch parameters -------------------------------------------------------------------

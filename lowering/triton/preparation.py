@@ -11,7 +11,15 @@ from typing import Any
 
 from torch import Tensor
 
-from quarot_fx.lowering.triton.rotation_matrices import head_matrix, head_slabs, matrices, possible_splits, split
+from quarot_fx.lowering.triton.append_prompt import SIZES
+from quarot_fx.lowering.triton.rotation_matrices import (
+    head_matrix,
+    head_matrix_by_thread,
+    head_slabs,
+    matrices,
+    possible_splits,
+    split,
+)
 from quarot_fx.ops.append_pair import arguments_of_each
 from quarot_fx.rotation import Rotation
 
@@ -37,6 +45,8 @@ def _append(*args: Any) -> None:
     x, rotation = args[3], args[7]
     if rotation is not None:
         head_matrix(rotation, x.shape[-1], x.device, x.dtype)
+        if x.shape[-1] in SIZES:
+            head_matrix_by_thread(rotation, x.shape[-1], x.device, x.dtype)
 
 
 def _append_pair(*args: Any) -> None:

@@ -188,6 +188,19 @@ def head_matrix(rotation: str, size: int, device: torch.device, dtype: torch.dty
     return filled.to(dtype).to(device), norm  # cast first: a kernel may read it before it waits for kernels
 
 
+@cache  # unbounded: recorded CUDA graphs read them
+def head_matrix_by_thread(rotation: str, size: int, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, float]:
+    """Return the same with columns, and rows of each half, in the places that a tensor core gives to a thread.
+
+    The four threads of a row of a product have two neighbouring elements of every eight each: here a quarter of a half
+    of what is rotated, and a quarter of the result.
+    """
+    matrix, norm = head_matrix(rotation, size, torch.device("cpu"), dtype)
+    column = torch.arange(size).view(4, -1, 2).transpose(0, 1).flatten()
+    row = torch.arange(size).view(2, 4, -1, 2).transpose(1, 2).flatten()
+    return matrix[row][:, column].contiguous().to(device), norm
+
+
 def _matrix(side: tuple[Factor, ...], block: int, outer: int, transposed: bool) -> Tensor:
     arrays = [f.array() * (math.sqrt(f.order) if f.family == "hadamard" else 1) for f in side]
     product = torch.from_numpy(reduce(lambda a, b: np.kron(a, b), [np.eye(outer), *arrays]))

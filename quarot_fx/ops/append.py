@@ -123,6 +123,11 @@ def inputs(generator: torch.Generator) -> Iterator[tuple[Any, ...]]:
     angles = torch.rand(2, 6, 32, generator=generator)  # of each sequence
     yield codes, scale, zero, x, position, angles.cos(), angles.sin(), "hadamard-16", *rest[3:]
     yield tuple(case((1, 2, 0, 32), rotation="hadamard-32"))
+    for dtype in (torch.bfloat16, torch.float16):  # prompts
+        yield tuple(case((2, 4, 70, 128), rotation="hadamard-128", embedded=True, dtype=dtype))
+        yield tuple(case((1, 3, 64, 128), 8, 32, rotation="hadamard-64", dtype=dtype))
+        codes, scale, zero, x, position, *rest = case((1, 2, 130, 64), 2, clip=1.0, dtype=dtype)
+        yield codes, scale, zero, x, position[-80:].flip(0), *rest
 
 
 append = declare(
