@@ -19,7 +19,7 @@ from quarot_fx.lowering.triton.device import describe
 from quarot_fx.lowering.triton.int_gemv import BLOCK_WORDS, gated, rows_of_block
 from quarot_fx.lowering.triton.language import INTERPRETED, as_float32, let_dependents_start, wait_for_inputs
 from quarot_fx.lowering.triton.packed_codes import dot4
-from quarot_fx.lowering.triton.quantization import packed_words, symmetric_step
+from quarot_fx.lowering.triton.quantization import packed_words, reaches_below, symmetric_step
 from quarot_fx.lowering.triton.rotation_matrices import power_of_two_from
 
 CODES = tl.constexpr(4)  # in a word of the token's, 8 bits each
@@ -66,6 +66,7 @@ def _norm_int_linear(
     clip,
     SIZE: tl.constexpr,
     BITS: tl.constexpr,
+    REACHES_BELOW: tl.constexpr,
     WORDS: tl.constexpr,
     COLUMNS: tl.constexpr,
     ACTIVATION: tl.constexpr,
@@ -95,8 +96,8 @@ def _norm_int_linear(
     square, largest = _sum_and_maximum(low_squares + high_squares, magnitudes)
     unit = tl.math.rsqrt(square / SIZE + eps)  # NaN, if anything is: it shows in the scale
     step = symmetric_step(largest, unit, clip, BITS)
-    low_codes = packed_words(low_values, unit, step, BITS)
-    high_codes = packed_words(high_values, unit, step, BITS)
+    low_codes = packed_words(low_values, unit, step, BITS, REACHES_BELOW)
+    high_codes = packed_words(high_values, unit, step, BITS, REACHES_BELOW)
     low_codes, high_codes = low_codes[None, :], high_codes[None, :]
     # Nibbles are codes plus 8. That is taken off where sums begin, since what the token's codes add up to is not known.
     eights = tl.full((BLOCK_N, COLUMNS), MINUS_EIGHTS, tl.int32)
@@ -140,7 +141,8 @@ def norm_int_linear(
         gain, bias, residual = (None if one is None else one.contiguous() for one in (gain, bias, residual))
         _norm_int_linear[(triton.cdiv(rows, block_n),)](
             x.contiguous(), gain, weight.view(torch.int32), weight_scale.contiguous(), bias, residual, y,
-            rows, eps, clip, SIZE=size, BITS=bits, WORDS=words, COLUMNS=columns, ACTIVATION=activation,
-            BLOCK_N=block_n, EARLY=early, num_warps=launch["num_warps"], launch_pdl=early,
+            rows, eps, clip, SIZE=size, BITS=bits, REACHES_BELOW=reaches_below(bits, clip), WORDS=words,
+            COLUMNS=columns, ACTIVATION=activation, BLOCK_N=block_n, EARLY=early,
+            num_warps=launch["num_warps"], launch_pdl=early,
         )  # fmt: skip
     return y
