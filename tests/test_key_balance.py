@@ -6,7 +6,8 @@ import pytest
 import torch
 from architectures import compile_model
 from caches import double_model, logits_in_chunks, make
-from models import babyllama, random_token_ids, stories, tiny_model
+from models import random_token_ids, tiny_model
+from trained import babyllama, stories
 
 import quarot_fx
 from quarot_fx import ops

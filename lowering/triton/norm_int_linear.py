@@ -19,12 +19,11 @@ from quarot_fx.lowering.triton.device import describe
 from quarot_fx.lowering.triton.int_gemv import BLOCK_WORDS, gated, rows_of_block
 from quarot_fx.lowering.triton.language import INTERPRETED, as_float32, let_dependents_start, wait_for_inputs
 from quarot_fx.lowering.triton.packed_codes import dot4
-from quarot_fx.lowering.triton.quantization import packed_words, symmetric_step
+from quarot_fx.lowering.triton.quantization import packed_words, reaches_below, symmetric_step
 from quarot_fx.lowering.triton.rotation_matrices import power_of_two_from
 
 CODES = tl.constexpr(4)  # in a word of the token's, 8 bits each
-HIGH_NIBBLES, SIGNS = tl.constexpr(-0x0F0F0F10), tl.constexpr(-0x7F7F7F80)  # 0xF0 and 0x80 in each byte
-UNIT = tl.constexpr(16.0)  # of nibbles that are made signed bytes, so that no sum of the token's codes is needed
+LOW_NIBBLES, MINUS_EIGHTS = tl.constexpr(0x0F0F0F0F), tl.constexpr(-0x07070708)  # a number in each byte
 
 
 @triton.jit
@@ -67,6 +66,7 @@ def _norm_int_linear(
     clip,
     SIZE: tl.constexpr,
     BITS: tl.constexpr,
+    REACHES_BELOW: tl.constexpr,
     WORDS: tl.constexpr,
     COLUMNS: tl.constexpr,
     ACTIVATION: tl.constexpr,
@@ -96,12 +96,15 @@ def _norm_int_linear(
     square, largest = _sum_and_maximum(low_squares + high_squares, magnitudes)
     unit = tl.math.rsqrt(square / SIZE + eps)  # NaN, if anything is: it shows in the scale
     step = symmetric_step(largest, unit, clip, BITS)
-    low_codes = packed_words(low_values, unit, step, BITS)
-    high_codes = packed_words(high_values, unit, step, BITS)
-    products = tl.zeros((BLOCK_N, COLUMNS), tl.int32)
-    products = dot4(((words << 4) & HIGH_NIBBLES) ^ SIGNS, low_codes[None, :], products)
-    products = dot4((words & HIGH_NIBBLES) ^ SIGNS, high_codes[None, :], products)
-    value = tl.sum(products, axis=1).to(tl.float32) * (w_scales.to(tl.float32) * (step / UNIT))
+    low_codes = packed_words(low_values, unit, step, BITS, REACHES_BELOW)
+    high_codes = packed_words(high_values, unit, step, BITS, REACHES_BELOW)
+    low_codes, high_codes = low_codes[None, :], high_codes[None, :]
+    # Nibbles are codes plus 8. That is taken off where sums begin, since what the token's codes add up to is not known.
+    eights = tl.full((BLOCK_N, COLUMNS), MINUS_EIGHTS, tl.int32)
+    products = dot4(eights, high_codes, dot4(eights, low_codes, tl.zeros_like(eights)))
+    products = dot4(words & LOW_NIBBLES, low_codes, products)
+    products = dot4((words >> 4) & LOW_NIBBLES, high_codes, products)
+    value = tl.sum(products, axis=1).to(tl.float32) * (w_scales.to(tl.float32) * step)
     if bias is not None:
         value += biases.to(tl.float32)
     if ACTIVATION is not None:
@@ -138,7 +141,8 @@ def norm_int_linear(
         gain, bias, residual = (None if one is None else one.contiguous() for one in (gain, bias, residual))
         _norm_int_linear[(triton.cdiv(rows, block_n),)](
             x.contiguous(), gain, weight.view(torch.int32), weight_scale.contiguous(), bias, residual, y,
-            rows, eps, clip, SIZE=size, BITS=bits, WORDS=words, COLUMNS=columns, ACTIVATION=activation,
-            BLOCK_N=block_n, EARLY=early, num_warps=launch["num_warps"], launch_pdl=early,
+            rows, eps, clip, SIZE=size, BITS=bits, REACHES_BELOW=reaches_below(bits, clip), WORDS=words,
+            COLUMNS=columns, ACTIVATION=activation, BLOCK_N=block_n, EARLY=early,
+            num_warps=launch["num_warps"], launch_pdl=early,
         )  # fmt: skip
     return y

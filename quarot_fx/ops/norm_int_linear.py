@@ -56,13 +56,19 @@ def _fake(x: Tensor, *rest: Any) -> Tensor:
 
 def _inputs(generator: torch.Generator) -> Iterator[tuple[Any, ...]]:
     def case(
-        n: int, rows: int, dtype: torch.dtype = torch.bfloat16, activation: str | None = None, bits: int = 4, **how: Any
+        n: int,
+        rows: int,
+        dtype: torch.dtype = torch.bfloat16,
+        activation: str | None = None,
+        bits: int = 4,
+        clip: float = 0.9,
+        **how: Any,
     ) -> tuple[Any, ...]:
         codes, _, _, _, weight, scale, _, _, _, bias, residual, dtype = random_arguments(
             generator, 1, rows, n, dtype=dtype, **how
         )
         x = torch.randn(codes.shape, generator=generator).to(dtype)
-        return x, None, 1e-5, bits, 0.9, weight, scale, bias, residual, dtype, activation
+        return x, None, 1e-5, bits, clip, weight, scale, bias, residual, dtype, activation
 
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
         yield case(512, 20, dtype)
@@ -71,6 +77,7 @@ def _inputs(generator: torch.Generator) -> Iterator[tuple[Any, ...]]:
         x, _, *rest = case(256, 64, dtype, bias=True)
         yield x, torch.rand(256, generator=generator).to(dtype), *rest
     yield case(272, 48, activation="gelu_tanh", bits=8, bias=True)
+    yield case(512, 48, clip=0.3)
     x, *rest = case(512, 20)
     yield torch.zeros_like(x), *rest
     yield x[:0], *rest
