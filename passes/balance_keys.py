@@ -73,9 +73,9 @@ class BalanceKeys(Pass):
         if found is None and not program.graph.find_nodes(op="call_function", target=quarot.balance.default):
             return
         layers, others = reads_of_keys(program.graph)
-        for read, reason in others:
-            if found is not None or _holds_balanced(codes_of_cache(read)):
-                report.decline(module_path(read.user), f"keys are not balanced: {reason}")
+        for other, reason in others:
+            if found is not None or _holds_balanced(codes_of_cache(other)):
+                report.decline(module_path(other.user), f"keys are not balanced: {reason}")
         for reads in layers:
             where = module_path(reads[0].attention)
             if reads[0].codes is not None:
@@ -142,17 +142,16 @@ def reads_of_keys(graph: fx.Graph) -> tuple[list[list[KeyRead]], list[tuple[Read
 
 def _read_of(read: Read) -> KeyRead | str:
     """Return a read of keys, each head once, or why they are not found."""
-    attention, repeated = read.user, read.tensor
+    attention, repeated, query_place = read.user, read.tensor, read.place - 1
+    query = value(argument_nodes(attention)[query_place])
+    for kind, x in (("keys", value(repeated)), ("queries", query)):
+        if x.ndim != AXES:
+            return f"attention reads {kind} of {x.ndim} axes, not batch, heads, tokens and size"
     is_transposed = read.dim != -1
     if is_transposed:
         if packet(repeated) not in PERMUTATIONS or inverse_permutation(repeated) != TRANSPOSED:
             return "axes are moved in another way than by a transpose before they are read"
         repeated = argument_nodes(repeated)[0]
-    query_place = read.place - 1
-    query = value(argument_nodes(attention)[query_place])
-    for kind, x in (("keys", value(repeated)), ("queries", query)):
-        if x.ndim != AXES:
-            return f"attention reads {kind} of {x.ndim} axes, not batch, heads, tokens and size"
     insert = Inserter(attention.graph, BalanceKeys().name, attention)
     with attention.graph.inserting_before(attention):
         keys = before_copies(before_repetition(insert, repeated))

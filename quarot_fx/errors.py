@@ -93,7 +93,8 @@ class BalanceSizeError(QuarotError, ValueError):
 
     template = (
         "{balance} does not fit shape {shape}: it is for heads of size {size}, {heads} of them or a multiple. Find "
-        "it for this model."
+        "it for this model. What a cache has in the place of keys, such as latent vectors, has none: make the cache "
+        "without key_balance."
     )
 
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import pytest
+import tiny_decoders
 import torch
 from architectures import compile_model
-from caches import double_model, logits_in_chunks, make
+from caches import double_model, in_double, logits_in_chunks, make
+from graphs import Lambda, captured, linear, reasons, rewritten, tokens
 from models import random_token_ids, tiny_model
 from trained import babyllama, stories
 
@@ -39,6 +41,23 @@ def definite(*shape, seed=0):
     """Positive definite matrices, float64."""
     roots = torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
     return roots @ roots.mT / shape[-1] + 0.05 * torch.eye(shape[-1])
+
+
+# With windows; layers that read keys of others, with windows and without; attention beside convolutions.
+OTHER_KINDS = {
+    "gemma3_text": {"layer_types": ["sliding_attention", "full_attention"]},
+    "gemma3n_text": {
+        "num_hidden_layers": 4,
+        "num_kv_shared_layers": 2,
+        "layer_types": ["sliding_attention", "full_attention"] * 2,
+    },
+    "lfm2": {"layer_types": ["conv", "full_attention"]},
+}
+
+
+def with_layers_of_other_kinds(name, monkeypatch):
+    monkeypatch.setitem(tiny_decoders.DATA["corrections"], name, {"config": OTHER_KINDS[name]})
+    return tiny_decoders.build(name).model
 
 
 def found_for(model, **options):
@@ -153,6 +172,34 @@ def test_a_graph_says_the_same(name, implementation):
     assert sorted(node.args[2:] for node in nodes) == sorted([(), (True,)] * layers)
 
 
+def test_layers_that_read_the_keys_of_others(monkeypatch):
+    """They have one balance, and keys are balanced once."""
+    model = with_layers_of_other_kinds("gemma3n_text", monkeypatch)
+    found = found_for(model)
+    module = quarot_fx.rewrite(model, {"input_ids": IDS, "use_cache": False}, check=True, **found.options)
+    report = next(one for one in module.quarot.passes if one.name == BalanceKeys().name)
+    assert (len(found.keys), report.matched, report.declined) == (2, 4, [])
+    assert 0 < report.difference < 1e-9
+    nodes = module.graph.find_nodes(op="call_function", target=torch.ops.quarot.balance.default)
+    assert sorted(node.args[2:] for node in nodes) == [(), (), *[(True,)] * 4]
+
+
+def test_what_cannot_be_balanced_is_named():
+    """Heads that are joined with sequences, as for a product of three axes."""
+
+    def forward(m, x):
+        q, k, v = (layer(x).unflatten(-1, (2, 8)).transpose(1, 2).flatten(0, 1) for layer in (m.q, m.k, m.v))
+        return m.o((q @ k.mT).softmax(-1) @ v)
+
+    program = captured(Lambda(forward, q=linear(16), k=linear(16), v=linear(16), o=linear(4, 8)), tokens(2, 5, 16))
+    balances = KeyBalances([KeyBalance("", str(Balance.of_matrices(definite(2, 8, 8))))])
+    report = rewritten(program, BalanceKeys(QuarotConfig(key_balance=balances))).reports[-1]
+    assert report.matched == 0
+    assert reasons(report) == [
+        "keys are not balanced: attention reads keys of 3 axes, not batch, heads, tokens and size"
+    ]
+
+
 def test_to_be_found():
     with pytest.raises(KeyBalanceNotCalibratedError, match="calibrate"):
         quarot_fx.rewrite(tiny_model("llama"), {"input_ids": IDS, "use_cache": False}, key_balance="search")
@@ -207,6 +254,33 @@ def test_queries_are_balanced_and_not_the_whole_cache(tokens):
     assert heads == [(config.num_key_value_heads, tokens), (config.num_attention_heads, tokens)] * 2
     differences = {one.name: one.difference for one in module.quarot.passes}
     assert max(differences[name] for name in ("balance-keys", "place-rotations", "rotate")) < 1e-9
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["static", "growing"])
+@pytest.mark.parametrize("name", OTHER_KINDS)
+def test_caches_of_layers_of_other_kinds(name, kind, monkeypatch):
+    model = in_double(with_layers_of_other_kinds(name, monkeypatch))
+    balance = found_for(model).options["key_balance"]
+    with torch.no_grad():
+        expected = compile_model(model, key_balance=balance, **EXACT)(IDS, use_cache=False).logits
+    cache = make(kind, model, 32, 2, key_balance=balance)
+    assert relative_difference([logits_in_chunks(model, cache, IDS, 10, 3, 1)], [expected]) < 1e-6
+    cache.reset()
+    for count in (10, 1):
+        module = quarot_fx.rewrite(model, {"input_ids": IDS[:, :count], "past_key_values": cache}, **EXACT)
+        nodes = module.graph.find_nodes(op="call_function", target=torch.ops.quarot.balance.default)
+        assert nodes
+        assert all(node.meta["val"].shape[2] == count for node in nodes)  # of the cache nothing is brought back
+        logits_in_chunks(model, cache, IDS[:, :10], 10)
+
+
+@pytest.mark.slow
+def test_a_cache_of_latent_vectors():
+    model = tiny_decoders.build("minicpm3").model
+    balance = found_for(model).options["key_balance"]
+    with pytest.raises(BalanceSizeError, match="latent vectors, has none"):
+        make("static", model, 16, 2, key_balance=balance)
 
 
 def test_a_cache_of_another_model():
