@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import pytest
 import torch
 from models import tiny_model
 from transformers import PreTrainedModel
@@ -156,3 +157,11 @@ ARCHITECTURES = (
         unquantized=(HEAD, "model.layers.0.mlp.gate.weight", "model.layers.1.mlp.gate.weight"),
     ),
 )
+
+# One of each kind of graph: plain, with soft caps and norms after each part, with LayerNorm, with packed weights,
+# with transposed ones, with experts. What is asked of a kind, and not of a plan, is slow to be asked of the others.
+KINDS = {"llama", "gemma2", "cohere", "phi3", "gpt2", "mixtral"}
+ONE_OF_A_KIND = [
+    pytest.param(row, id=row.model_type, marks=() if row.model_type in KINDS else pytest.mark.slow)
+    for row in ARCHITECTURES
+]

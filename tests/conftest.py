@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Generator
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,11 +13,24 @@ if not torch.cuda.is_available():  # kernels then run in Triton's interpreter, w
 from torch._dynamo.utils import counters
 
 
-@pytest.fixture(autouse=True)
-def no_interpreter(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let only the tests that are about kernels, marked so, have graphs lowered to interpreted ones: they are slow."""
-    if request.node.get_closest_marker("kernels") is None:
-        monkeypatch.setattr("quarot_fx.lowering.triton.support.runs_interpreted", lambda: False)
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, object, object]:
+    """Let only the tests that are about kernels, marked so, have graphs lowered to interpreted ones: they are slow.
+
+    A hook and no fixture, since what tests of a module share is made before any fixture of a test.
+    """
+    with pytest.MonkeyPatch.context() as patch:
+        if item.get_closest_marker("kernels") is None:
+            patch.setattr("quarot_fx.lowering.triton.support.runs_interpreted", lambda: False)
+        return (yield)
+
+
+@pytest.fixture(scope="session")
+def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a folder with a tiny Llama and its tokenizer, for commands that read it."""
+    from models import save_tiny_model  # transformers, which tests of kernels start without
+
+    return save_tiny_model(tmp_path_factory.mktemp("tiny"))
 
 
 @pytest.fixture

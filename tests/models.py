@@ -15,7 +15,6 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreT
 from quarot_fx.cli.models import load_model
 from quarot_fx.errors import MissingExtraError
 
-BABYLLAMA = Path(__file__).parents[2] / "shared" / "models" / "babyllama-tok105"
 TINY = {
     "vocab_size": 256,
     "hidden_size": 64,
@@ -81,27 +80,11 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def save_tiny_model(folder: Path, *, with_tokenizer: bool = True) -> Path:
-    """Write a tiny Llama, and its tokenizer, as a user would have them."""
-    tiny_model("llama").save_pretrained(folder)
+    """Write a tiny Llama of one layer, and its tokenizer, as a user would have them."""
+    tiny_model("llama", num_hidden_layers=1).save_pretrained(folder)
     if with_tokenizer:
         byte_tokenizer().save_pretrained(folder)
     return folder
-
-
-@functools.cache
-def babyllama() -> PreTrainedModel:
-    """A Llama of 5 layers and 105 tokens that was trained on stories; skips the test where it is not there."""
-    if not BABYLLAMA.is_dir():
-        pytest.skip(f"{BABYLLAMA.name} is not there")
-    return AutoModelForCausalLM.from_pretrained(BABYLLAMA, dtype=torch.float32).eval()
-
-
-def stories(count: int, length: int) -> torch.Tensor:
-    """Token ids [count, length] that :func:`babyllama` wrote."""
-    model = babyllama()
-    torch.manual_seed(0)
-    begin = torch.full((count, 1), model.config.bos_token_id)
-    return model.generate(begin, do_sample=True, max_length=length, min_length=length, pad_token_id=0)
 
 
 @functools.cache

@@ -6,7 +6,7 @@ from collections import Counter
 
 import pytest
 import torch
-from architectures import ARCHITECTURES, LAYERS, compile_model
+from architectures import ARCHITECTURES, LAYERS, ONE_OF_A_KIND, compile_model
 from models import random_token_ids
 from plans import readers_of_online_transforms
 
@@ -82,6 +82,7 @@ def test_rotation_alone_changes_nothing(row, inputs):
     assert relative_difference([logits], [expected]) < 1e-5
 
 
+@pytest.mark.parametrize("row", ONE_OF_A_KIND)
 def test_four_bits(row, inputs):
     model = row.build()
     rewritten = quarot_fx.rewrite(model, inputs)
@@ -97,6 +98,7 @@ def test_four_bits(row, inputs):
     assert [cache.bits for cache in report.caches] == [4] * 2 * LAYERS
 
 
+@pytest.mark.parametrize("row", ONE_OF_A_KIND)
 def test_one_graph_serves_all_shapes(row, graphs):
     """Sizes that are those of weights, too, by chance (16, 2 * 16, 4 * 16), must not be taken for them."""
     model = row.build()

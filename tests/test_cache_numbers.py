@@ -6,7 +6,8 @@ import pytest
 import tiny_decoders
 import torch
 from caches import SimulatedCache, double_model, in_double, logits_in_chunks, make
-from models import babyllama, random_token_ids, tiny_model
+from models import random_token_ids, tiny_model
+from trained import babyllama
 
 import quarot_fx
 

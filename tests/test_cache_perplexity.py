@@ -12,8 +12,9 @@ import json
 
 import pytest
 from caches import SimulatedCache
-from models import babyllama, save_tiny_model, smollm2, stories
+from models import smollm2
 from test_cli import run
+from trained import babyllama, stories
 
 from quarot_fx.cache.options import CacheOptions
 from quarot_fx.cli.chunks import InChunks, cache_options
@@ -113,24 +114,24 @@ def test_smollm2_in_float64():
 # -- the command -----------------------------------------------------------------------------------
 
 
-def test_eval_in_chunks(tmp_path):
-    folder, file = save_tiny_model(tmp_path / "tiny"), tmp_path / "out.json"
-    shape = ("--windows", 3, "--window-length", 32, "--batch", 2, "--settings", "float,KV4,W4A4KV4")
-    run("eval", folder, *shape, "--chunk", 12, "--json", file)
+def test_eval_in_chunks(tiny_folder, tmp_path):
+    file = tmp_path / "out.json"
+    shape = ("--windows", 3, "--window-length", 32, "--batch", 2, "--settings", "float,W4A4KV4")
+    run("eval", tiny_folder, *shape, "--chunk", 12, "--json", file)
     record = json.loads(file.read_text())
-    run("eval", folder, *shape, "--json", file)
+    run("eval", tiny_folder, *shape, "--json", file)
     expected = json.loads(file.read_text())
     for row, at_once in zip(record["results"], expected["results"], strict=True):
         assert row["perplexity"] == pytest.approx(at_once["perplexity"], rel=1e-3)
         assert "cache" not in at_once
     caches = [row["cache"] for row in record["results"]]
-    assert [(one["k_bits"], one["v_bits"], one["chunk"]) for one in caches] == [(16, 16, 12), (4, 4, 12), (4, 4, 12)]
-    vectors = 2 * 2 * 2 * 2 * 32  # keys and values, layers, sequences, heads, tokens
-    assert [one["bytes"] for one in caches] == [vectors * 16 * 4, vectors * (8 + 4 + 1), vectors * (8 + 4 + 1)]
+    assert [(one["k_bits"], one["v_bits"], one["chunk"]) for one in caches] == [(16, 16, 12), (4, 4, 12)]
+    vectors = 2 * 2 * 2 * 32  # keys and values, sequences, heads, tokens
+    assert [one["bytes"] for one in caches] == [vectors * 16 * 4, vectors * (8 + 4 + 1)]
 
 
-def test_a_setting_whose_cache_there_is_not_is_named(tmp_path):
-    folder = save_tiny_model(tmp_path)
+def test_a_setting_whose_cache_there_is_not_is_named(tiny_folder):
     shape = ("--windows", 1, "--window-length", 16, "--settings", "float,KV4", "-o", "kv_sym=True")
-    assert "KV4: option kv_sym=True" in run("eval", folder, *shape, "--chunk", 8, exit_code=1)
-    assert "chunk=8: is about a text: name one" in run("eval", folder, "--tasks", "piqa", "--chunk", 8, exit_code=1)
+    assert "KV4: option kv_sym=True" in run("eval", tiny_folder, *shape, "--chunk", 8, exit_code=1)
+    tasks = ("--tasks", "piqa", "--chunk", 8)
+    assert "chunk=8: is about a text: name one" in run("eval", tiny_folder, *tasks, exit_code=1)

@@ -10,8 +10,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_calibration import decoder, divergence, ids, trained  # noqa: F401  a fixture
+from test_calibration import decoder, ids, trained  # noqa: F401  a fixture
 from torch import nn
+from trained import divergence
 
 import quarot_fx
 from quarot_fx.calibration import bits as bits_module

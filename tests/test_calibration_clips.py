@@ -10,9 +10,10 @@ import torch
 from graphs import WIDTH, Lambda, fill, linear
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_calibration import EXPERTS, decoder, divergence, experts, ids, trained  # noqa: F401  a fixture
+from test_calibration import EXPERTS, decoder, experts, ids, trained  # noqa: F401  a fixture
 from test_calibration_gptq import SIZE, error, problem
 from torch import nn
+from trained import divergence
 
 import quarot_fx
 from quarot_fx.calibration import calibrate as calibrate_module

@@ -38,6 +38,11 @@ def logits(model):
     ]
 
 
+def prompt_logits(model):
+    """Logits of a prompt without a cache, for which one graph is compiled and not three."""
+    return [model(input_ids=IDS, use_cache=False).logits]
+
+
 def compiled(model, **options):
     model.compile(backend="quarot", options={**EAGER, **options}, dynamic=False)
     return model
@@ -51,6 +56,23 @@ def assert_equal(actual, expected):
 def load(folder, model=None, **options):
     torch._dynamo.reset()
     return quarot_fx.load(folder, model, dynamic=False, **EAGER, **options)
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """A checkpoint of a tiny Llama, to be read by several tests."""
+    torch._dynamo.reset()
+    folder = tmp_path_factory.mktemp("saved")
+    quarot_fx.save(tiny_model("llama"), folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def expected():
+    """Logits of the same model, compiled."""
+    torch._dynamo.reset()
+    with torch.no_grad():
+        return logits(compiled(tiny_model("llama")))
 
 
 def test_learned_rotations_are_in_the_checkpoint(tmp_path, monkeypatch):
@@ -132,43 +154,39 @@ def test_a_model_of_ones_own(tmp_path):
 def test_what_is_loaded_is_saved_again(tmp_path):
     quarot_fx.save(tiny_model("llama"), tmp_path / "one", w_bits=8, w_clip=1.0)
     quarot_fx.save(load(tmp_path / "one"), tmp_path / "two")
-    assert_equal(logits(load(tmp_path / "two")), logits(load(tmp_path / "one")))
+    assert_equal(prompt_logits(load(tmp_path / "two")), prompt_logits(load(tmp_path / "one")))
     one, two = (sorted(path.name for path in (tmp_path / name).glob("*.safetensors")) for name in ("one", "two"))
     assert one == two, "shards are named by their content"
 
 
-def test_shards(tmp_path):
-    quarot_fx.save(tiny_model("llama"), tmp_path / "one")
-    quarot_fx.save(tiny_model("llama"), tmp_path / "many", max_shard_size="20KB")
-    shards = sorted((tmp_path / "many").glob("*.safetensors"))
+def test_shards(tmp_path, expected):
+    quarot_fx.save(tiny_model("llama"), tmp_path, max_shard_size="20KB")
+    shards = sorted(tmp_path.glob("*.safetensors"))
     assert len(shards) > 3
-    index = json.loads((tmp_path / "many" / INDEX).read_text())
+    index = json.loads((tmp_path / INDEX).read_text())
     assert {name: shard.name for shard in shards for name in load_file(shard)} == index["weight_map"]
-    assert_equal(logits(load(tmp_path / "many")), logits(load(tmp_path / "one")))
+    assert_equal(logits(load(tmp_path)), expected)
 
 
 def test_another_checkpoint_takes_the_place_of_the_one_before(tmp_path):
     quarot_fx.save(tiny_model("llama"), tmp_path, max_shard_size="20KB")
     quarot_fx.save(tiny_model("llama", seed=1), tmp_path)
     assert len(list(tmp_path.glob("*.safetensors"))) == 1
-    expected = logits(compiled(tiny_model("llama", seed=1)))
-    assert_equal(logits(load(tmp_path)), expected)
+    expected = prompt_logits(compiled(tiny_model("llama", seed=1)))
+    assert_equal(prompt_logits(load(tmp_path)), expected)
 
 
-def test_only_what_graphs_read_is_stored(tmp_path):
-    model = tiny_model("llama")
-    original = sum(parameter.nbytes for parameter in model.parameters())
-    quarot_fx.save(model, tmp_path)
-    stored = load_file(next(tmp_path.glob("*.safetensors")))
+def test_only_what_graphs_read_is_stored(saved):
+    original = sum(parameter.nbytes for parameter in tiny_model("llama").parameters())
+    stored = load_file(next(saved.glob("*.safetensors")))
     assert "model.layers.0.mlp.up_proj.weight" not in stored
     assert stored["model.layers.0.mlp.up_proj.weight.codes"].dtype == torch.uint8
     assert "model.rotary_emb.inv_freq" in stored, "no config says what a buffer holds"
     assert sum(tensor.nbytes for tensor in stored.values()) < original / 2
 
 
-def test_originals_are_freed_on_the_way(tmp_path):
+def test_originals_are_freed_on_the_way(tmp_path, expected):
     model = tiny_model("llama")
-    expected = logits(compiled(tiny_model("llama")))
     quarot_fx.save(model, tmp_path, free_originals=True)
     assert model.model.layers[0].mlp.up_proj.weight.isnan().all()
     assert_equal(logits(load(tmp_path)), expected)
@@ -184,34 +202,30 @@ def test_a_model_with_freed_originals_is_saved_from_its_graphs(tmp_path):
     assert_equal(logits(load(tmp_path)), expected)
 
 
-def test_a_form_that_the_checkpoint_does_not_hold(tmp_path):
-    quarot_fx.save(tiny_model("llama"), tmp_path)
-    model = load(tmp_path)
+def test_a_form_that_the_checkpoint_does_not_hold(saved):
+    model = load(saved)
     torch._dynamo.reset()
     with pytest.raises(NotInCheckpointError, match=r"weight.*, 8, None, None, True.*It holds.*, 4, None") as caught:
         compiled(model, w_bits=8)(IDS)
-    assert caught.value.folder == str(tmp_path)
+    assert caught.value.folder == str(saved)
 
 
-def test_a_loaded_model_that_is_written_to(tmp_path):
-    quarot_fx.save(tiny_model("llama"), tmp_path)
-    model = load(tmp_path)
+def test_a_loaded_model_that_is_written_to(saved):
+    model = load(saved)
     model(IDS)
     model.load_state_dict(tiny_model("llama").state_dict())
     with pytest.raises(OriginalsFreedError, match=r"loaded without its content, from a checkpoint.*updated in place"):
         model(IDS)
 
 
-def test_a_loaded_model_cannot_be_checked_against_its_original(tmp_path):
-    quarot_fx.save(tiny_model("llama"), tmp_path)
-    model = load(tmp_path)
+def test_a_loaded_model_cannot_be_checked_against_its_original(saved):
+    model = load(saved)
     torch._dynamo.reset()
     with pytest.raises(OriginalsFreedError, match="run in float64"):
         compiled(model, check=True)(IDS)
 
 
-def test_generate(tmp_path):
+def test_generate(saved):
     settings = {"max_new_tokens": 6, "do_sample": False, "cache_implementation": "static"}
     expected = compiled(tiny_model("llama")).generate(IDS, **settings)
-    quarot_fx.save(tiny_model("llama"), tmp_path)
-    assert torch.equal(load(tmp_path).generate(IDS, **settings), expected)
+    assert torch.equal(load(saved).generate(IDS, **settings), expected)

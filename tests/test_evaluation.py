@@ -6,7 +6,7 @@ import json
 import sys
 
 import pytest
-from models import byte_tokenizer, save_tiny_model, tiny_model
+from models import byte_tokenizer, tiny_model
 from test_cli import run
 
 from quarot_fx.cli.models import compile_model
@@ -65,11 +65,6 @@ def task_folder(tmp_path_factory):
     write_task(folder, "tiny_essay", kind="generate_until", target="question", rest=GENERATING)
     write_task(folder, "tiny_lost", data="absent.jsonl")
     return folder
-
-
-@pytest.fixture(scope="module")
-def tiny_folder(tmp_path_factory):
-    return save_tiny_model(tmp_path_factory.mktemp("tiny"))
 
 
 @pytest.fixture

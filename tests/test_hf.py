@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 
@@ -25,6 +26,15 @@ pytestmark = pytest.mark.usefixtures("fresh_dynamo")
 
 def one_layer(model_type="llama", **config):
     return tiny_model(model_type, num_hidden_layers=1, **config)
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """A checkpoint of that model, to be read by several tests."""
+    torch._dynamo.reset()
+    folder = tmp_path_factory.mktemp("saved")
+    quarot_fx.save(one_layer(), folder, **OPTIONS)
+    return folder
 
 
 def compiled(model):
@@ -72,41 +82,38 @@ def test_a_model_is_quantised_while_it_is_loaded_and_saved(tmp_path):
     assert torch.equal(logits(compiled(AutoModelForCausalLM.from_pretrained(tmp_path / "again"))), expected)
 
 
-def test_what_is_pushed_to_the_hub_is_a_checkpoint(tmp_path, monkeypatch):
-    quarot_fx.save(one_layer(), tmp_path, **OPTIONS)
-    model = compiled(AutoModelForCausalLM.from_pretrained(tmp_path))
+def test_what_is_pushed_to_the_hub_is_a_checkpoint(saved, tmp_path, monkeypatch):
+    model = compiled(AutoModelForCausalLM.from_pretrained(saved))
     expected = logits(model)
     pushed = []
     monkeypatch.setattr(model, "push_to_hub", lambda repo_id, **kwargs: pushed.append((repo_id, kwargs)))
-    model.save_pretrained(tmp_path / "again", push_to_hub=True, repo_id="me/tiny", private=True)
+    model.save_pretrained(tmp_path, push_to_hub=True, repo_id="me/tiny", private=True)
     assert pushed == [("me/tiny", {"private": True})]
-    assert torch.equal(logits(compiled(AutoModelForCausalLM.from_pretrained(tmp_path / "again"))), expected)
+    assert torch.equal(logits(compiled(AutoModelForCausalLM.from_pretrained(tmp_path))), expected)
 
 
-def test_generate_never_runs_what_is_left_of_the_originals(tmp_path):
+def test_generate_never_runs_what_is_left_of_the_originals(saved):
     """With a compile config transformers would compile decoding anew, around the weights that are not there."""
     settings = {"max_new_tokens": 5, "do_sample": False, "cache_implementation": "static"}
     expected = compiled(one_layer()).generate(IDS, **settings)
-    quarot_fx.save(one_layer(), tmp_path, **OPTIONS)
-    model = compiled(AutoModelForCausalLM.from_pretrained(tmp_path))
+    model = compiled(AutoModelForCausalLM.from_pretrained(saved))
     config = GenerationConfig(**settings, eos_token_id=2, pad_token_id=0)
     assert torch.equal(model.generate(IDS, generation_config=config), expected)
 
 
-def test_a_damaged_checkpoint(tmp_path):
-    quarot_fx.save(one_layer(), tmp_path, **OPTIONS)
-    shard = next(tmp_path.glob("*.safetensors"))
+def test_a_damaged_checkpoint(saved, tmp_path):
+    folder = shutil.copytree(saved, tmp_path / "damaged")
+    shard = next(folder.glob("*.safetensors"))
     content = bytearray(shard.read_bytes())
     content[-1] ^= 1
     shard.write_bytes(content)
     with pytest.raises(CorruptCheckpointError, match="checksum"):
-        AutoModelForCausalLM.from_pretrained(tmp_path)
+        AutoModelForCausalLM.from_pretrained(folder)
 
 
-def test_several_devices(tmp_path):
-    quarot_fx.save(one_layer(), tmp_path, **OPTIONS)
+def test_several_devices(saved):
     with pytest.raises(CheckpointOptionError, match="device_map"):
-        AutoModelForCausalLM.from_pretrained(tmp_path, device_map={"model": "cpu", "lm_head": "disk"})
+        AutoModelForCausalLM.from_pretrained(saved, device_map={"model": "cpu", "lm_head": "disk"})
 
 
 def test_an_option_that_there_is_not():

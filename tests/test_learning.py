@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 import torch
 from graphs import WIDTH, Decoder, Lambda, fill, linear
 from models import random_token_ids, tiny_model
 from torch import nn
-from transformers import AutoModelForCausalLM, DynamicCache
+from trained import babyllama, divergence, stories
+from transformers import DynamicCache
 
 import quarot_fx
 from quarot_fx.errors import (
@@ -27,7 +26,6 @@ from quarot_fx.learning.rotations import LearnedRotation, LearnedRotations
 from quarot_fx.learning.training import batches, cut
 from quarot_fx.rotation import Rotation
 
-BABYLLAMA = Path(__file__).parents[2] / "shared" / "models" / "babyllama-tok105"
 SHORT = {"steps": 2, "batch": 2, "rate": 0.3}
 EAGER = {"nested_backend": "eager"}
 
@@ -51,23 +49,10 @@ def learned():
 
 
 @pytest.fixture(scope="module")
-def babyllama():
-    """A trained model of 5 layers, sequences that it wrote itself, and rotations that were learned on some of them."""
-    if not BABYLLAMA.is_dir():
-        pytest.skip(f"{BABYLLAMA.name} is not there")
-    model = AutoModelForCausalLM.from_pretrained(BABYLLAMA).eval()
-    torch.manual_seed(0)
-    begin = torch.full((64, 1), model.config.bos_token_id)
-    tokens = model.generate(begin, do_sample=True, max_length=96, min_length=96, pad_token_id=0)
+def trained():
+    """A trained model, sequences that it wrote itself, and rotations that were learned on some of them."""
+    model, tokens = babyllama(), stories(64, 96)
     return model, tokens, learn(model, tokens[:40], {"steps": 30, "batch": 4, "rate": 0.3, "loss": "divergence"})
-
-
-def divergence(model, tokens, **options):
-    """Return the mean Kullback-Leibler divergence of the quantised model's predictions from the float model's."""
-    inputs = {"input_ids": tokens, "use_cache": False}
-    expected = model(**inputs).logits.log_softmax(-1)
-    actual = quarot_fx.rewrite(model, inputs, **options)(tokens)[0].log_softmax(-1)
-    return nn.functional.kl_div(actual, expected, log_target=True, reduction="none").sum(-1).mean().item()
 
 
 def perplexity(model, tokens, **options):
@@ -79,15 +64,15 @@ def perplexity(model, tokens, **options):
 # -- what it is for ------------------------------------------------------------------------------------
 
 
-def test_the_loss_falls(babyllama):
-    _, _, learned = babyllama
+def test_the_loss_falls(trained):
+    _, _, learned = trained
     assert len(learned.losses) == 30
     assert sum(learned.losses[-10:]) < 0.95 * sum(learned.losses[:10])
 
 
-def test_a_trained_model_predicts_better_than_with_random_rotations(babyllama):
+def test_a_trained_model_predicts_better_than_with_random_rotations(trained):
     """On sequences that nothing was learned on, with weights in float, as while it was learned, and rounded by GPTQ."""
-    model, tokens, learned = babyllama
+    model, tokens, learned = trained
     test, known = tokens[40:], {"learned_rotations": learned}
     assert divergence(model, test, w_bits=16, **known) < 0.95 * divergence(model, test, w_bits=16)
     assert perplexity(model, test, w_bits=16, **known) < 0.98 * perplexity(model, test, w_bits=16)
@@ -155,7 +140,7 @@ def test_the_model_stays_as_it_is():
 
 
 def test_prompt_and_decoding_agree(graphs):
-    model, tokens = tiny_model("llama"), random_token_ids(length=9)
+    model, tokens = tiny_model("llama", num_hidden_layers=1), random_token_ids(length=9)
     learned = learn(model, random_token_ids(4, 16, seed=1))
     options = {"learned_rotations": learned}
     whole = quarot_fx.rewrite(model, {"input_ids": tokens, "use_cache": False}, **options)(tokens)[0]

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from models import byte_tokenizer, save_tiny_model, smollm2
+from models import byte_tokenizer, smollm2
 from test_cli import run
 
 from quarot_fx.cache.options import CacheOptions
@@ -81,10 +81,10 @@ def test_lengths():
             list(needles(byte_tokenizer(), TEXT, (length,), 1).hidden(length))
 
 
-def test_eval_looks_for_needles(tmp_path):
-    folder, file = save_tiny_model(tmp_path / "tiny"), tmp_path / "out.json"
+def test_eval_looks_for_needles(tiny_folder, tmp_path):
+    file = tmp_path / "out.json"
     arguments = ("--needles", "96,128", "--depths", 2, "--settings", "float,KV4", "--json", file)
-    output = run("eval", folder, *arguments, "--chunk", 64)
+    output = run("eval", tiny_folder, *arguments, "--chunk", 64)
     record = json.loads(file.read_text())
     assert "of 2" in output
     assert record["needles"]["lengths"] == [96, 128]

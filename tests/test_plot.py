@@ -7,7 +7,6 @@ import sys
 
 import pytest
 import torch
-from models import save_tiny_model
 from test_cli import run
 
 import quarot_fx
@@ -15,11 +14,6 @@ from quarot_fx.quantization_error import LayerSQNR, SQNRReport
 from quarot_fx.report import LinearRecord
 
 QKV_AND_DOWN = [("q", 1), ("k", 1), ("v", 1), ("down", 2)]
-
-
-@pytest.fixture(scope="module")
-def tiny_folder(tmp_path_factory):
-    return save_tiny_model(tmp_path_factory.mktemp("tiny"))
 
 
 def layer(name, channels, role=""):

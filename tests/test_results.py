@@ -6,16 +6,10 @@ import json
 import sys
 
 import pytest
-from models import save_tiny_model
 from test_cli import run
 
 from quarot_fx.cli.results import Results
 from quarot_fx.cli.tasks import average, headline
-
-
-@pytest.fixture(scope="module")
-def tiny_folder(tmp_path_factory):
-    return save_tiny_model(tmp_path_factory.mktemp("tiny"))
 
 
 def test_headlines_are_what_the_paper_gives():

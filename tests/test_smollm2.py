@@ -18,9 +18,9 @@ from quarot_fx.text import read_text, split_windows
 
 @pytest.fixture(scope="module")
 def perplexity():
-    """Perplexity of a setting on two windows of 512 tokens, each setting measured once."""
+    """Perplexity of a setting on a window of 256 tokens, each setting measured once."""
     model, tokenizer = smollm2()
-    windows = split_windows(read_text("pydoc"), tokenizer, length=512, count=2)
+    windows = split_windows(read_text("pydoc"), tokenizer, length=256, count=1)
     known = {}
 
     def of(setting):
@@ -50,7 +50,7 @@ def test_more_bits_cost_little(perplexity, setting, limit):
 def test_the_plan_is_quarots():
     model, _ = smollm2()
     inputs = {"input_ids": torch.arange(16)[None], "use_cache": False}
-    report = quarot_fx.explain(model, inputs, stop_after="place-rotations")
+    report = quarot_fx.explain(model, inputs, stop_after="place-rotations", check=False)
     layers = model.config.num_hidden_layers
     online = [linear.parameter for linear in report.linears if linear.rotated == "online"]
     assert len(online) == 2 * layers

@@ -6,8 +6,9 @@ import pytest
 import torch
 from graphs import WIDTH, Decoder, Lambda, fill, linear
 from models import random_token_ids, tiny_model
-from test_learning import babyllama, divergence, ids  # noqa: F401
+from test_learning import ids
 from torch import nn
+from trained import babyllama, divergence, stories
 
 import quarot_fx
 from quarot_fx.calibration.programs import capture_programs
@@ -55,8 +56,8 @@ def codes_and_scales(model, tokens, **options):
 
 
 @pytest.mark.parametrize("rounding", ["nearest", pytest.param("gptq", marks=pytest.mark.slow)])
-def test_the_loss_falls_on_what_it_is_tuned_on(babyllama, rounding):  # noqa: F811
-    model, tokens, _ = babyllama
+def test_the_loss_falls_on_what_it_is_tuned_on(rounding):
+    model, tokens = babyllama(), stories(64, 96)
     if rounding == "gptq":
         quarot_fx.calibrate(model, tokens[:16])
     data = torch.cat([tokens[:16], tokens[:4]])  # so that what fits the first ones is best on those held out, too
@@ -67,8 +68,8 @@ def test_the_loss_falls_on_what_it_is_tuned_on(babyllama, rounding):  # noqa: F8
     assert divergence(model, tokens[:16], w_rounding="tuned") < divergence(model, tokens[:16], w_rounding=rounding)
 
 
-def test_what_is_kept_is_never_worse_on_what_is_held_out(babyllama):  # noqa: F811
-    model, tokens, _ = babyllama
+def test_what_is_kept_is_never_worse_on_what_is_held_out():
+    model, tokens = babyllama(), stories(64, 96)
     tuned = tune(model, tokens[:12], {"steps": 4, "batch": 4, "rate": 0.9, "interval": 2})
     held_out, options = tokens[8:12], {"w_rounding": "tuned"}
     assert tuned.kept == 0 < max(tuned.held_out.values()) > 2 * tuned.held_out[0]  # such a rate breaks the model
@@ -177,7 +178,8 @@ def test_whole_batches_are_held_out():
 
 
 def test_a_checkpoint_holds_tuned_scales(tmp_path):
-    model, tokens = tiny_model("llama"), random_token_ids(2, 12).repeat(2, 1)  # it is tuned on what is held out
+    model = tiny_model("llama", num_hidden_layers=1)
+    tokens = random_token_ids(2, 12).repeat(2, 1)  # it is tuned on what is held out
     quarot_fx.calibrate(model, tokens, **GROUPS)
     tuned = tune(model, tokens, {**SHORT, "steps": 8}, w_rounding="gptq", **GROUPS)
     assert tuned.kept > 0

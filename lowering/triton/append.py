@@ -1,4 +1,4 @@
-"""New keys or values are embedded, rotated, quantised, packed and stored by one kernel, which reads them once.
+"""New keys or values are embedded, balanced, rotated, quantised, packed and stored by one kernel that reads them once.
 
 A program takes many tokens of one head: a Hadamard transform is a product with one small matrix on tensor cores, as in
 ``rope_rotate``, and a token's codes stay in registers until their bytes are put together. Of one token it takes nothing
@@ -23,9 +23,9 @@ from quarot_fx.lowering.triton.quantization import (
     encode_asymmetric,
     low_byte,
 )
-from quarot_fx.lowering.triton.rope_rotate import embedded_halves, load_halves
+from quarot_fx.lowering.triton.rope_rotate import embedded_halves, load_halves, matrix_of_head
 from quarot_fx.lowering.triton.rotate import PRECISIONS, load_matrix
-from quarot_fx.lowering.triton.rotation_matrices import head_matrix, power_of_two_from
+from quarot_fx.lowering.triton.rotation_matrices import head_matrices, power_of_two_from
 
 MOST_TOKENS = 64  # of a program's tile
 ONE_WARP = 256  # elements that one warp takes, without a barrier
@@ -55,6 +55,7 @@ def _append_tile(
     zero,
     y,
     heads,
+    sharing,
     tokens,
     skipped,
     capacity,
@@ -91,10 +92,11 @@ def _append_tile(
     PRECISION: tl.constexpr = SCHEME[6]
     batch, head = (head_of_all // heads).to(tl.int64), (head_of_all % heads).to(tl.int64)
     token, column = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS), tl.arange(0, BLOCK)
+    at = matrix_of_head(matrix, head, sharing, BLOCK)
     if cos is not None:
-        upper, lower = load_halves(matrix, SIZE, BLOCK, HALF_BLOCK)
+        upper, lower = load_halves(at, SIZE, BLOCK, HALF_BLOCK)
     else:
-        rotation = load_matrix(matrix, BLOCK)
+        of_head = load_matrix(at, BLOCK)
     head_at = x + batch * stride_batch + head * stride_head
     mask = (token < tokens)[:, None] & (column < SIZE)[None, :]
     wait_for_inputs(EARLY)
@@ -107,7 +109,7 @@ def _append_tile(
     else:
         values = tl.load(head_at + token[:, None] * stride_token + column[None, :], mask=mask, other=0)
         if matrix is not None:
-            values = dot(values, rotation, PRECISION)
+            values = dot(values, of_head, PRECISION)
     is_stored = (place >= 0) & (place < capacity)
     if matrix is not None:
         values = round_to(values * norm, x.dtype.element_ty)
@@ -167,8 +169,8 @@ def _launch_tiles(parts: Sequence[Appended]) -> None:
     tokens = parts[0].x.shape[2]
     tile = min(power_of_two_from(tokens, smallest=1), MOST_TOKENS)
     heads = [part.x.shape[0] * part.x.shape[1] for part in parts]
-    arguments, schemes = [part.arguments(head_matrix) for part in parts], [_scheme(part) for part in parts]
-    is_small = all(part.rotation is None and tile * _block(part) <= ONE_WARP for part in parts)
+    arguments, schemes = [part.arguments(head_matrices) for part in parts], [_scheme(part) for part in parts]
+    is_small = not any(part.is_multiplied or tile * _block(part) > ONE_WARP for part in parts)
     early = describe(parts[0].x.device).starts_early
     _append[(triton.cdiv(tokens, tile), sum(heads))](
         arguments[0], arguments[1] if len(parts) > 1 else None, heads[0],

@@ -1,4 +1,4 @@
-"""Keys or values of a prompt are embedded, rotated, quantised, packed and stored: ``append`` for many tokens.
+"""Keys or values of a prompt are embedded, balanced, rotated, quantised, packed and stored: ``append`` for many tokens.
 
 A program takes TOKENS of several heads, one after the other, so that the matrix is loaded once and angles are found in
 a close cache; a head is loaded while the one before it is worked on. Four threads have a row, a quarter each: as many
@@ -39,8 +39,9 @@ from quarot_fx.lowering.triton.pairs import (
     with_magic_number,
 )
 from quarot_fx.lowering.triton.quantization import LARGEST, ROUND_TO_INTEGER, low_byte
+from quarot_fx.lowering.triton.rope_rotate import matrix_of_head
 from quarot_fx.lowering.triton.rotate import PRECISIONS
-from quarot_fx.lowering.triton.rotation_matrices import head_matrix_by_thread
+from quarot_fx.lowering.triton.rotation_matrices import head_matrices_by_thread
 
 DTYPES = (torch.bfloat16, torch.float16)
 SIZES = (64, 128)  # of a head
@@ -77,6 +78,7 @@ def _append_heads(
     zero,
     y,
     heads,
+    sharing,
     tokens,
     skipped,
     capacity,
@@ -115,7 +117,7 @@ def _append_heads(
     start = tl.program_id(0) * TOKENS
     token, element = start + tl.arange(0, TOKENS), tl.arange(0, SIZE)
     if matrix is not None:
-        matrix_at = matrix + tl.arange(0, HALF)[:, None] * SIZE + element[None, :]
+        matrix_at = matrix_of_head(matrix, head, sharing, SIZE) + tl.arange(0, HALF)[:, None] * SIZE + element[None, :]
         upper, lower = tl.load(matrix_at), tl.load(matrix_at + HALF * SIZE)
     wait_for_inputs(EARLY)
     let_dependents_start(EARLY)
@@ -205,7 +207,7 @@ def _operand(pairs, dtype: tl.constexpr):
     """Return pairs of rows as the left operand of a product, in the order in which threads have what it takes.
 
     A warp loads 8 rows and then 8 that are TOKENS / 2 later; of a product it has 16. A quarter of a row is spread over
-    all eights of columns, as are the rows of ``head_matrix_by_thread``.
+    all eights of columns, as are the rows of ``head_matrices_by_thread``.
     """
     TOKENS: tl.constexpr = pairs.shape[0]
     PAIRS: tl.constexpr = pairs.shape[1]
@@ -306,11 +308,12 @@ def takes(new: Appended) -> bool:
 
 
 def heads_of_programs(parts: Sequence[Appended]) -> list[int]:
-    """Return how many heads of each part a program takes: several if all programs have work then."""
+    """Return how many heads of each part a program takes: several with one matrix, if all programs have work then."""
     tiles = triton.cdiv(parts[0].x.shape[2], TOKENS)
     programs = tiles * sum(part.x.shape[0] * part.x.shape[1] for part in parts) // MOST_HEADS
     are_many = programs >= PROGRAMS * describe(parts[0].x.device).multiprocessors
-    return [MOST_HEADS if are_many and part.x.shape[1] % MOST_HEADS == 0 else 1 for part in parts]
+    share = [part.balance is None and part.x.shape[1] % MOST_HEADS == 0 for part in parts]
+    return [MOST_HEADS if are_many and one else 1 for one in share]
 
 
 def launch(parts: Sequence[Appended]) -> None:
@@ -318,7 +321,7 @@ def launch(parts: Sequence[Appended]) -> None:
     device, tiles = describe(parts[0].x.device), triton.cdiv(parts[0].x.shape[2], TOKENS)
     each = heads_of_programs(parts)
     programs = [part.x.shape[0] * part.x.shape[1] // heads for part, heads in zip(parts, each, strict=True)]
-    arguments = [part.arguments(head_matrix_by_thread) for part in parts]
+    arguments = [part.arguments(head_matrices_by_thread) for part in parts]
     schemes = [_scheme(part, heads) for part, heads in zip(parts, each, strict=True)]
     _append_prompt[(tiles, sum(programs))](
         arguments[0], arguments[1] if len(parts) > 1 else None, programs[0],

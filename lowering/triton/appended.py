@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from quarot_fx.lowering.triton.rotation_matrices import HeadMatrices
+
 
 @dataclass(frozen=True)
 class Appended:
@@ -25,17 +27,26 @@ class Appended:
     position: Tensor
     cos: Tensor | None
     sin: Tensor | None
+    balance: str | None
     rotation: str | None
     bits: int
     group: int | None
     clip: float
     y: Tensor | None = None
 
-    def arguments(self, matrix_of: Callable[..., tuple[Tensor, float]]) -> tuple[Any, ...]:
-        """Return what a program is told when it runs, which multiplies with such a matrix."""
+    @property
+    def is_multiplied(self) -> bool:
+        """Whether heads are balanced or rotated."""
+        return self.balance is not None or self.rotation is not None
+
+    def arguments(self, matrices_of: Callable[..., HeadMatrices]) -> tuple[Any, ...]:
+        """Return what a program is told when it runs, which multiplies with such matrices."""
         _, heads, tokens, size = self.x.shape
         x = self.x if self.x.stride(-1) == 1 else self.x.contiguous()
-        matrix, norm = (None, 1.0) if self.rotation is None else matrix_of(self.rotation, size, x.device, x.dtype)
+        matrix, norm, sharing = None, 1.0, None
+        if self.is_multiplied:
+            of_heads = matrices_of(size, x.device, x.dtype, self.rotation, self.balance)
+            matrix, norm, sharing = of_heads.values, of_heads.norm, of_heads.sharing(heads)
         cos, sin, stride_angles = self.cos, self.sin, 0
         if cos is not None and sin is not None:
             cos, sin = cos.contiguous(), sin.contiguous()
@@ -43,7 +54,7 @@ class Appended:
         codes = self.words
         return (
             x, cos, sin, matrix, self.position, codes, self.scale, self.zero, self.y,
-            heads, tokens, tokens - len(self.position), self.codes.shape[2], norm, self.clip,
+            heads, sharing, tokens, tokens - len(self.position), self.codes.shape[2], norm, self.clip,
             *x.stride()[:3], stride_angles, *codes.stride()[:3], *self.scale.stride()[:3], *self.zero.stride()[:3],
         )  # fmt: skip
 
