@@ -13,7 +13,6 @@ from torch import Tensor
 
 from quarot_fx.lowering.triton.append_prompt import SIZES
 from quarot_fx.lowering.triton.rotation_matrices import (
-    SLAB_DTYPE,
     head_matrices,
     head_matrices_by_thread,
     head_slabs,
@@ -34,7 +33,7 @@ def _rotate(x: Tensor, rotation: str, dim: int = -1, inner: int = 1, inverse: bo
 def _rotate_quantize(x: Tensor, gate: Tensor | None, activation: str, rotation: str, inner: int, *scheme: Any) -> None:
     if cut := split(Rotation.parse(rotation), x.shape[-1], inner, x.dtype):
         matrices(cut, x.device, x.dtype)
-        if (slabs := stacked(cut)) and x.dtype == SLAB_DTYPE:
+        if slabs := stacked(cut):
             stacked_matrices(slabs, x.device)
 
 
