@@ -41,11 +41,12 @@ class Write:
 
 @dataclass(frozen=True)
 class Source:
-    """What is quantised: ``rotate(embed(x, cos, sin), rotation)``, or less of it."""
+    """What is quantised: ``rotate(balance(embed(x, cos, sin), balance), rotation)``, or less of it."""
 
     x: fx.Node
     cos: fx.Node | None = None
     sin: fx.Node | None = None
+    balance: str | None = None
     rotation: str | None = None
 
 
@@ -83,7 +84,8 @@ class FuseAppends(Pass):
         source = _source(quantized)
         position = argument(writes[0].written, "index")
         arguments: list[Any] = [
-            *(write.cache for write in writes), source.x, position, source.cos, source.sin, source.rotation,
+            *(write.cache for write in writes), source.x, position,
+            source.cos, source.sin, source.balance, source.rotation,
             *(argument(quantized, name) for name in ("bits", "group", "clip")),
         ]  # fmt: skip
         read = list(_reads_of_codes(parts))
@@ -158,14 +160,24 @@ def _write(rows: Any) -> Write:
 def _source(quantized: fx.Node) -> Source:
     """Return what is quantised, before what only the quantisation needs was done to it."""
     x: Any = argument(quantized, "x")
-    if len(x.users) == 1 and FROZEN not in x.meta:
-        if x.target is quarot.rope_rotate.default:
-            return Source(*(argument(x, name) for name in ("x", "cos", "sin", "rotation")))
-        ndim = value(x).ndim
-        is_of_heads = x.target is quarot.rotate.default and argument(x, "dim") % ndim == ndim - 1
-        if is_of_heads and argument(x, "inner") == 1 and not argument(x, "inverse"):
-            return Source(argument(x, "x"), rotation=argument(x, "rotation"))
-    return Source(x)
+    rotation = balance = None
+    if _is_done(x, quarot.rope_rotate.default):
+        return Source(*(argument(x, name) for name in ("x", "cos", "sin", "balance", "rotation")))
+    if _is_done(x, quarot.rotate.default) and argument(x, "inner") == 1 and _is_along_last_axis(x):
+        x, rotation = argument(x, "x"), argument(x, "rotation")
+    if _is_done(x, quarot.balance.default):
+        x, balance = argument(x, "x"), argument(x, "balance")
+    return Source(x, balance=balance, rotation=rotation)
+
+
+def _is_done(x: fx.Node, target: torch._ops.OpOverload) -> bool:
+    """Whether an op has done, and not undone, what x is, for one reader."""
+    return x.target is target and len(x.users) == 1 and FROZEN not in x.meta and not argument(x, "inverse")
+
+
+def _is_along_last_axis(rotate: fx.Node) -> bool:
+    ndim = value(rotate).ndim
+    return bool(argument(rotate, "dim") % ndim == ndim - 1)
 
 
 def _reason_against(quantized: fx.Node, parts: list[list[fx.Node]], sources: list[fx.Node | None]) -> str | None:

@@ -1,4 +1,4 @@
-"""A rotary embedding and the rotation of each head after it become one op."""
+"""A rotary embedding and what is done to each head after it, its balance and its rotation, become one op."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import ClassVar
 import torch
 from torch import fx
 
-from quarot_fx.aliasing import argument, equal_sizes
+from quarot_fx.aliasing import PERMUTATIONS, argument, equal_sizes, inverse_permutation, packet
 from quarot_fx.graph import FROZEN, Inserter, module_path, value
 from quarot_fx.passes.base import Pass
 from quarot_fx.passes.fusion import insert_fused
@@ -19,6 +19,7 @@ from quarot_fx.report import PassReport
 
 aten, quarot = torch.ops.aten, torch.ops.quarot
 HEADS, TOKENS = 1, 2  # the axes of queries and keys, as the op takes them
+MOVED = "axes are moved in an unusual way between the embedding and the balance of heads"
 PARTLY = "only a part of each head is embedded, and all of it rotated"
 APPENDED = "what is embedded is appended to a cache before all of it is rotated"
 
@@ -51,7 +52,8 @@ class Rope:
 @dataclass(frozen=True)
 class FuseRopes(Pass):
     """``rotate(x cos + half_turn(x) sin) -> rope_rotate(x, cos, sin)`` along the axis of a head (QuaRot, section 4,
-    stage 2c). Where nothing is rotated afterwards, it is left to the compiler of the rest.
+    stage 2c), with a balance of heads in between where there is one. Where nothing is rotated afterwards, it is left to
+    the compiler of the rest.
     """
 
     requires: ClassVar[tuple[str, ...]] = ("rotate",)
@@ -60,26 +62,36 @@ class FuseRopes(Pass):
     def run(self, program: Program, report: PassReport) -> None:
         for rotate in program.graph.find_nodes(op="call_function", target=quarot.rotate.default):
             source, views = before_views(rotate.args[0])
+            balance, moves = None, ()
+            if source.target is quarot.balance.default:
+                balance = source
+                source, moves = before_views(argument(balance, "x"))
             rope = next(_ropes(source), None)
             if rope is None:
                 if source.target is aten.cat.default and any(list(_ropes(part)) for part in source.all_input_nodes):
                     report.decline(module_path(source), PARTLY if _is_along_last_axis(source) else APPENDED)
             elif reason := _reason_against(rotate, rope):
                 report.decline(module_path(source), reason)
+            elif balance is not None and not _puts_heads_first(rope, moves):
+                report.decline(module_path(source), MOVED)
             else:
-                self._fuse(rotate, rope, views, report)
+                self._fuse(rotate, rope, balance, views, report)
 
-    def _fuse(self, rotate: fx.Node, rope: Rope, views: tuple[fx.Node, ...], report: PassReport) -> None:
+    def _fuse(
+        self, rotate: fx.Node, rope: Rope, balance: fx.Node | None, views: tuple[fx.Node, ...], report: PassReport
+    ) -> None:
         insert = Inserter(rotate.graph, self.name, rotate)
         axis = HEADS if rope.is_of_heads(HEADS) else TOKENS
         with rotate.graph.inserting_before(rotate):
             x = rope.x if axis == HEADS else insert.call(aten.transpose.int, rope.x, HEADS, TOKENS)
             angles = [_without_heads(insert, angle, axis) for angle in (rope.cos, rope.sin)]
-            fused = insert_fused(
-                insert, self.config, report, quarot.rope_rotate.default, x, *angles, argument(rotate, "rotation")
-            )
+            arguments = [x, *angles, argument(rotate, "rotation")]
+            if balance is not None:
+                arguments += [argument(balance, name) for name in ("balance", "inverse")]
+            fused = insert_fused(insert, self.config, report, quarot.rope_rotate.default, *arguments)
             if fused is not None:
-                fused = fused if axis == HEADS else insert.call(aten.transpose.int, fused, HEADS, TOKENS)
+                if axis == TOKENS and balance is None:  # a balance has heads first, too
+                    fused = insert.call(aten.transpose.int, fused, HEADS, TOKENS)
                 rotate.replace_all_uses_with(insert_views(insert, fused, views))
 
 
@@ -137,6 +149,14 @@ def _reason_against(rotate: fx.Node, rope: Rope) -> str | None:
         shapes = " and ".join(str(tuple(value(one).shape)) for one in (rope.x, rope.cos))
         return f"angles are not the same for all heads, and for every token their own: {shapes}"
     return None
+
+
+def _puts_heads_first(rope: Rope, moves: tuple[fx.Node, ...]) -> bool:
+    """Whether views make what is embedded [batch, heads, tokens, size]."""
+    if not moves:
+        return rope.is_of_heads(HEADS)
+    is_exchange = packet(moves[0]) in PERMUTATIONS and tuple(inverse_permutation(moves[0])) == (0, TOKENS, HEADS, 3)
+    return len(moves) == 1 and is_exchange and rope.is_of_heads(TOKENS)
 
 
 def _without_heads(insert: Inserter, angle: fx.Node, axis: int) -> fx.Node:

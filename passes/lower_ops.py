@@ -21,9 +21,11 @@ class LowerOps(Pass):
 
     requires: ClassVar[tuple[str, ...]] = (
         "fuse-int-linears",
+        "fuse-float-linears",
         "fuse-gates",
         "merge-int-linears",
         "fuse-norms",
+        "fuse-norm-linears",
         "fuse-rotations",
         "fuse-ropes",
         "fuse-attention",

@@ -108,6 +108,14 @@ def operands(node: fx.Node, target: torch._ops.OpOverload) -> Iterator[tuple[fx.
         yield second, first  # type: ignore[misc]
 
 
+def reason_against_one_token(x: fx.Node) -> str | None:
+    """Return why an activation is not one token's, if it is not."""
+    shape = value(x).shape
+    if all(isinstance(size, int) and size == 1 for size in shape[:-1]):
+        return None
+    return f"an activation {tuple(shape)} is more than one token, or not known to be one"
+
+
 def number(given: Any) -> float | None:
     """Return the number that an argument is. One that Dynamo made symbolic, such as a module's eps, is guarded on."""
     known = value(given)

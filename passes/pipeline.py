@@ -11,6 +11,7 @@ from quarot_fx.config import QuarotConfig
 from quarot_fx.errors import CheckError, PipelineError, UnknownOptionError
 from quarot_fx.float64 import relative_difference, run_in_float64
 from quarot_fx.garbage import collected_rarely
+from quarot_fx.passes.balance_keys import BalanceKeys
 from quarot_fx.passes.base import Pass, pass_name
 from quarot_fx.passes.compute_once import ComputeOnce
 from quarot_fx.passes.fold_biases import FoldBiases
@@ -19,13 +20,16 @@ from quarot_fx.passes.fold_gains import FoldGains
 from quarot_fx.passes.fold_means import FoldMeans
 from quarot_fx.passes.fuse_appends import FuseAppends
 from quarot_fx.passes.fuse_attention import FuseAttention
+from quarot_fx.passes.fuse_float_linears import FuseFloatLinears
 from quarot_fx.passes.fuse_gates import FuseGates
 from quarot_fx.passes.fuse_int_linears import FuseIntLinears
+from quarot_fx.passes.fuse_norm_linears import FuseNormLinears
 from quarot_fx.passes.fuse_norms import FuseNorms
 from quarot_fx.passes.fuse_packed_attention import FusePackedAttention
 from quarot_fx.passes.fuse_ropes import FuseRopes
 from quarot_fx.passes.fuse_rotations import FuseRotations
 from quarot_fx.passes.lower_ops import LowerOps
+from quarot_fx.passes.merge_counters import MergeCounters
 from quarot_fx.passes.merge_int_linears import MergeIntLinears
 from quarot_fx.passes.pair_appends import PairAppends
 from quarot_fx.passes.place_rotations import PlaceRotations
@@ -49,6 +53,7 @@ DEFAULT_ORDER: tuple[type[Pass], ...] = (
     FoldBiases,  # before gains: a norm's bias stands between its gain and the linears
     FoldGains,
     FoldMeans,
+    BalanceKeys,  # before rotations are placed: balanced keys are what is rotated
     PlaceRotations,
     Rotate,
     QuantizeWeights,
@@ -56,9 +61,11 @@ DEFAULT_ORDER: tuple[type[Pass], ...] = (
     QuantizeActivations,
     QuantizeCaches,
     FuseIntLinears,
+    FuseFloatLinears,
     FuseGates,  # before products are merged: those of gate and up become one in an order of their own
     MergeIntLinears,
     FuseNorms,
+    FuseNormLinears,
     FuseRotations,
     FuseRopes,
     SimplifyAttention,
@@ -67,6 +74,7 @@ DEFAULT_ORDER: tuple[type[Pass], ...] = (
     ComputeOnce,
     FuseAppends,  # the first that makes a graph write: nothing may be moved afterwards
     PairAppends,
+    MergeCounters,
     LowerOps,
     FoldConstants,
 )

@@ -24,7 +24,7 @@ from quarot_fx.report import PassReport
 class PlaceRotations(Pass):
     """Finds the cheapest bases by a minimum cut over the axes of the graph, and writes the plan. No node changes."""
 
-    requires: ClassVar[tuple[str, ...]] = ("recognize-norms", "fold-biases", "fold-gains", "fold-means")
+    requires: ClassVar[tuple[str, ...]] = ("recognize-norms", "fold-biases", "fold-gains", "fold-means", "balance-keys")
 
     def run(self, program: Program, report: PassReport) -> None:
         analysis = Analysis(program.graph)

@@ -23,6 +23,7 @@ _HOME = {
     "TunedScales": "quarot_fx.learning.tuned",
     "calibrate": "quarot_fx.calibration.calibrate",
     "GPTQOptions": "quarot_fx.calibration.options",
+    "KeyBalances": "quarot_fx.balance",
     "Calibration": "quarot_fx.calibration.report",
     "sqnr": "quarot_fx.quantization_error",
     "SQNRReport": "quarot_fx.quantization_error",

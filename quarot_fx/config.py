@@ -14,9 +14,11 @@ from quarot_fx.errors import OptionError, UnknownOptionError
 from quarot_fx.option_checks import check_choice, check_flag, check_integer, from_mapping
 
 if TYPE_CHECKING:
+    from quarot_fx.balance import KeyBalances
     from quarot_fx.learning.rotations import LearnedRotations
 
 UNQUANTIZED_BITS = 16
+SEARCH = "search"
 ROTATIONS = ("hadamard", "random", "none")
 KERNELS = ("auto", "reference", "none")
 ROUNDINGS = ("nearest", "gptq", "tuned")
@@ -39,6 +41,7 @@ CALIBRATED: Mapping[str, tuple[str, ...]] = {
     "a_clip": ("output",),
     "k_clip": ("search",),
     "v_clip": ("search",),
+    "key_balance": (SEARCH,),
 }  # the values of options that take data to become numbers
 OVERRIDABLE = ("w_bits", "a_bits", "w_group", "a_group", "w_sym", "a_sym", "w_clip", "a_clip", "w_rounding")
 # Options that change no weight: how the graph runs, and what becomes of what it was made of.
@@ -90,6 +93,9 @@ class QuarotConfig:
         seed: of the random signs or matrices; the same seed gives the same weights on every machine.
         learned_rotations: what :func:`quarot_fx.learn_rotations` returned, or a folder that it was saved to: these take
             the place of random matrices wherever weights absorb them. Kept as the name of the set.
+        key_balance: :class:`quarot_fx.KeyBalances`, or a folder that they were saved to: matrices by which keys that
+            are quantised are balanced against queries. ``"search"`` lets :func:`quarot_fx.calibrate` find them. Kept
+            as the name of the set.
         overrides: weight options by parameter name, ``{"*.down_proj": {"w_bits": 8}, "*.gate": "skip"}``. Patterns
             are those of ``fnmatch`` and match with or without the final ``.weight``; the last match wins.
             Naming an output head or an embedding here is how one asks for it to be quantised.
@@ -109,6 +115,7 @@ class QuarotConfig:
         OptionError: a value is out of range.
         UnknownOptionError: an override names an option that a weight does not have.
         LearnedRotationsFileError: the folder does not hold learned rotations.
+        KeyBalancesFileError: the folder does not hold balances.
     """
 
     w_bits: int = 4
@@ -131,6 +138,7 @@ class QuarotConfig:
     rotation: str = "hadamard"
     seed: int = 0
     learned_rotations: LearnedRotations | Path | str | None = None
+    key_balance: KeyBalances | Path | str | None = None
     overrides: Mapping[str, Mapping[str, Any] | str] | tuple[Any, ...] = ()
     pipeline: str | None = None
     stop_after: str | None = None
@@ -159,6 +167,10 @@ class QuarotConfig:
             from quarot_fx.learning.rotations import name_of  # which needs torch
 
             self._set("learned_rotations", name_of(self.learned_rotations))
+        if self.key_balance not in (None, SEARCH):
+            from quarot_fx.balance import KeyBalances
+
+            self._set("key_balance", KeyBalances.known(self.key_balance).name)
         for name in ("w_bits", "a_bits", "k_bits", "v_bits"):
             check_bits(name, getattr(self, name))
         for name in ("w_group", "a_group", "kv_group"):

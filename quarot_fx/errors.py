@@ -88,6 +88,30 @@ class UnknownMatrixError(QuarotError, LookupError):
     )
 
 
+class BalanceSizeError(QuarotError, ValueError):
+    """Matrices that balance keys do not fit what they are applied to."""
+
+    template = (
+        "{balance} does not fit shape {shape}: it is for heads of size {size}, {heads} of them or a multiple. Find "
+        "it for this model."
+    )
+
+
+class NotABalanceError(QuarotError, ValueError):
+    """Matrices that are to balance keys cannot."""
+
+    template = "these matrices balance nothing: {reason}. Give a positive definite one for each head, in float64."
+
+
+class UnknownBalanceError(QuarotError, LookupError):
+    """A graph or a cache names matrices that balance keys, and this process has not got them."""
+
+    template = (
+        "the matrices of {name} are not known in this process: calibration found them in another one. Load what "
+        "quarot_fx.KeyBalances.save wrote there, or the checkpoint, before the graph runs."
+    )
+
+
 class PipelineError(QuarotError, ValueError):
     """A pipeline whose passes are in an order in which they cannot work, or whose text cannot be read."""
 
@@ -250,6 +274,21 @@ class LearnedRotationsFileError(QuarotError, ValueError):
     """A folder of learned rotations that is none, or not what was written."""
 
     template = "cannot load the learned rotations in {folder!r}: {reason}. {remedy}"
+
+
+class KeyBalanceNotCalibratedError(QuarotError, ValueError):
+    """Keys are to be balanced by matrices that are still to be found."""
+
+    template = (
+        "key_balance='search' is for calibration, which has not run. Call quarot_fx.calibrate(model, data, ...) with "
+        "these options, and give the backend those that it returns."
+    )
+
+
+class KeyBalancesFileError(QuarotError, ValueError):
+    """A folder of balances of keys that is none, or not what was written."""
+
+    template = "cannot load the balances of keys in {folder!r}: {reason}. Give a folder that KeyBalances.save wrote."
 
 
 class NothingToLearnError(QuarotError, ValueError):

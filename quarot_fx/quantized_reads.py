@@ -23,7 +23,8 @@ CONCATENATIONS = {aten.cat, aten.concat, aten.concatenate, aten.slice_scatter}
 UNFILLED = {aten.empty, aten.empty_like, aten.new_empty}  # what parts are written into
 MOVES = PERMUTATIONS | RESHAPES | JOINS.keys() | {
     *(aten.expand, aten.repeat, aten.repeat_interleave, aten.slice, aten.narrow, aten.index_select, aten.index),
-    *(aten.to, aten._to_copy, aten.clone, aten.contiguous, aten.alias, aten.detach, aten.roll, quarot.rotate),
+    *(aten.to, aten._to_copy, aten.clone, aten.contiguous, aten.alias, aten.detach, aten.roll, quarot.rotate,
+      quarot.balance),
 }  # fmt: skip
 QUANTIZATIONS = {quarot.quantize_asymmetric.default, quarot.quantize_symmetric.default}
 

@@ -254,7 +254,7 @@ def _ordinary_tensors() -> Iterator[None]:
         yield
 
 
-def _constant(maxsize: int) -> Callable[[Callable[[Any], FloatArray]], Callable[[Any, Tensor], Tensor]]:
+def constant_of(maxsize: int) -> Callable[[Callable[[Any], FloatArray]], Callable[[Any, Tensor], Tensor]]:
     """Decorate ``f(source) -> array`` to ``f(source, like) -> tensor`` of like's device and dtype, cached."""
 
     def decorate(make: Callable[[Any], FloatArray]) -> Callable[[Any, Tensor], Tensor]:
@@ -275,19 +275,19 @@ def _constant(maxsize: int) -> Callable[[Callable[[Any], FloatArray]], Callable[
     return decorate
 
 
-@_constant(maxsize=256)
+@constant_of(maxsize=256)
 def _factor_matrix(factor: Factor) -> FloatArray:
     return factor.array()
 
 
-@_constant(maxsize=256)
+@constant_of(maxsize=256)
 def _random_signs(rotation: Rotation) -> FloatArray:
     """Draw +-1 [order], one bit each."""
     bits = np.unpackbits(_random_bytes(rotation, -(-rotation.order // 8)), bitorder="little")
     return 1.0 - 2.0 * bits[: rotation.order]
 
 
-@_constant(maxsize=2)
+@constant_of(maxsize=2)
 def _random_orthogonal(rotation: Rotation) -> FloatArray:
     """Draw an orthogonal matrix [order, order], uniformly (Haar): the Q of a Gaussian matrix."""
     order = rotation.order
@@ -299,7 +299,7 @@ def _random_orthogonal(rotation: Rotation) -> FloatArray:
     return q * np.copysign(1.0, np.diagonal(r))  # unique, and Haar, once R's diagonal is positive
 
 
-@_constant(maxsize=256)
+@constant_of(maxsize=256)
 def _given(rotation: Rotation) -> FloatArray:
     """Look up a given matrix [order, order]."""
     if rotation.digest not in _GIVEN:

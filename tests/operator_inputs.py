@@ -8,6 +8,7 @@ import transformers.integrations.moe  # noqa: F401  registers an operator that h
 from torch import Tensor
 
 from quarot_fx import ops  # noqa: F401  registers torch.ops.quarot
+from quarot_fx.balance import Balance
 
 aten, quarot = torch.ops.aten, torch.ops.quarot
 INPUTS: dict[str, Callable[..., Iterator[Any]]] = {}
@@ -342,6 +343,13 @@ def _(new, a, b, c, d):
 def _(new, a, b, c, d):
     yield new(a, b, c), f"hadamard-{b}", 1
     yield new(a, b * c), f"random-{b}-seed1", 1, c, True
+
+
+@inputs(quarot.balance.default)
+def _(new, a, b, c, d):
+    matrices = torch.eye(d, dtype=torch.float64) + torch.rand(b, 1, 1, dtype=torch.float64)
+    yield new(a, b, c, d), str(Balance.of_matrices(matrices))
+    yield new(a, b, c, d), str(Balance.of_matrices(matrices)), True
 
 
 @inputs(aten.sum.dim_IntList, aten.mean.dim)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from types import MappingProxyType
 
 import pytest
 import torch
@@ -11,16 +12,18 @@ from caches import double_model, logits_in_chunks, make
 from models import random_token_ids
 from test_cached_graphs import BATCH, BY_NAME, CHUNK, LENGTH, PROMPT, ROOM, build, rewritten
 
+import quarot_fx
 from quarot_fx.float64 import relative_difference
 
-OPS = ("append_pair", "append_dequantize", "attend_packed", "unpack", "pack", "dequantize", "index_copy", "rope_rotate")
+OPS = ("append_pair", "append_dequantize", "attend_packed", "unpack", "pack", "dequantize", "index_copy", "rope_rotate",
+       "balance")  # fmt: skip
 
 pytestmark = pytest.mark.usefixtures("graphs")
 
 
-def fused(model, kind, stage, **options):
+def fused(model, kind, stage, of_cache=MappingProxyType({}), **options):
     """Return how often a rewritten graph calls the operators that matter, and its report."""
-    module = rewritten(model, make(kind, model, ROOM, BATCH), stage, kernels="reference", **options)
+    module = rewritten(model, make(kind, model, ROOM, BATCH, **of_cache), stage, kernels="reference", **options)
     targets = (node.target for node in module.graph.nodes if isinstance(node.target, torch._ops.OpOverload))
     names = Counter(target._schema.name.partition("::")[2] for target in targets)
     return {name: names[name] for name in OPS if names[name]}, module.quarot
@@ -45,6 +48,21 @@ def test_a_layer_has_one_op_that_stores_and_one_that_attends(stage, expected):
     assert reasons(report, "fuse-appends") == (2 * LAYERS, [])
     assert {(one.kind, one.bits, one.by) for one in report.caches} == {("key", 4, "cache"), ("value", 4, "cache")}
     assert max(one.difference for one in report.passes if "append" in one.name or "packed" in one.name) < 1e-9
+
+
+@pytest.mark.parametrize(
+    ("stage", "expected"),
+    [
+        ("prompt", {"append_dequantize": 2 * LAYERS, "rope_rotate": LAYERS}),
+        ("decode", {"append_pair": LAYERS, "attend_packed": LAYERS, "rope_rotate": LAYERS}),
+    ],
+)
+def test_balanced_keys_have_the_same_ops(stage, expected):
+    model = double_model("llama")
+    found = quarot_fx.calibrate(model, random_token_ids(2, 14), w_rounding="nearest", key_balance="search")
+    names, report = fused(model, "static", stage, {"key_balance": found.options["key_balance"]}, check=True)
+    assert names == expected
+    assert max(one.difference for one in report.passes if "append" in one.name) < 1e-9
 
 
 @pytest.mark.parametrize("stage", ["prompt", "decode"])

@@ -45,6 +45,19 @@ def test_ops_of_a_model(name):
         assert relative_difference([fused(ids)[-1]], [expected[-1]]) < FLIPS
 
 
+@pytest.mark.parametrize("kernels", ["reference", pytest.param("auto", marks=pytest.mark.kernels)])
+def test_norms_of_one_token_are_part_of_products(kernels):
+    if kernels == "auto":
+        pytest.importorskip("triton")
+    model, ids = BY_NAME["llama"].build().to(DEVICE), random_token_ids(1, 1).to(DEVICE)
+    fused = quarot_fx.rewrite(model, ids, kernels=kernels)
+    names = [str(node.target).split(".")[1] for node in fused.graph.nodes if str(node.target).startswith("quarot")]
+    assert (names.count("norm_int_linear"), names.count("norm_quantize")) == (2 * LAYERS, 0)
+    with torch.no_grad():
+        expected = quarot_fx.rewrite(model, ids, kernels="none")(ids)
+        assert relative_difference([fused(ids)[-1]], [expected[-1]]) < FLIPS
+
+
 @pytest.mark.kernels
 @pytest.mark.parametrize("name", ["llama", "gpt2"])
 def test_kernels_agree_with_the_references(name):
@@ -100,3 +113,16 @@ def test_sizes_may_change_and_so_may_numbers_of_modules(graphs, compiled_graphs)
 
     model.model.layers[1].input_layernorm.variance_epsilon = 10.0  # Dynamo makes such numbers symbols
     assert relative_difference([logits(11)], [before]) > 10 * FLIPS
+
+
+def test_a_fused_output_head_is_still_told(monkeypatch):
+    monkeypatch.setattr("quarot_fx.passes.fuse_float_linears.FEWEST_WEIGHTS", 1)
+    model, ids = BY_NAME["llama"].build(), random_token_ids(1, 1)
+    fused = quarot_fx.rewrite(model, ids, kernels="reference")
+    assert operators(fused)["float_linear"] == 1
+    told = [
+        {(one.parameter, one.w_bits, one.role) for one in quarot_fx.explain(model, ids, kernels=kernels).linears}
+        for kernels in ("reference", "none")
+    ]
+    assert told[0] == told[1]
+    assert any(bits == 16 and role == "head" for _, bits, role in told[0])

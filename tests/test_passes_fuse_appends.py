@@ -9,6 +9,7 @@ from torch.nn import functional as F
 from quarot_fx.config import QuarotConfig
 from quarot_fx.coverage import cover
 from quarot_fx.inspection import capture_one_graph
+from quarot_fx.ops.balance import random_balance
 from quarot_fx.ops.pack import packed_size
 from quarot_fx.passes.fuse_appends import FuseAppends
 from quarot_fx.passes.fuse_attention import FuseAttention
@@ -89,33 +90,44 @@ def fused(module, scheme=PLAIN, count=3):
     return result, result.reports[-1]
 
 
-def embedded(x):
+def embedded(x, *balance):
     place, pair = (torch.arange(count, device=x.device) for count in (x.shape[2], SIZE // 2))
     angle = (place[:, None] * 0.1 ** pair.repeat(2))[None]
-    return quarot.rope_rotate(x, angle.cos(), angle.sin(), ROTATION)
+    return quarot.rope_rotate(x, angle.cos(), angle.sin(), ROTATION, *balance)
+
+
+def balanced(x, *inverse):
+    return quarot.rotate(quarot.balance(x, BALANCE, *inverse), ROTATION)
 
 
 # -- what is fused ---------------------------------------------------------------------------------
 
 
+BALANCE = random_balance(HEADS, SIZE, torch.Generator().manual_seed(0))
 BEFORE = {
-    "nothing": (lambda x: x, None, False),
-    "a rotation": (lambda x: quarot.rotate(x, ROTATION), ROTATION, False),
-    "an embedding and a rotation": (embedded, ROTATION, True),
-    "a rotation that is undone": (lambda x: quarot.rotate(x, ROTATION, -1, 1, True), None, False),
-    "a rotation across heads": (lambda x: quarot.rotate(x, "hadamard-2", 1), None, False),
+    "nothing": (lambda x: x, None, None, False),
+    "a rotation": (lambda x: quarot.rotate(x, ROTATION), None, ROTATION, False),
+    "a balance": (lambda x: quarot.balance(x, BALANCE), BALANCE, None, False),
+    "a balance and a rotation": (balanced, BALANCE, ROTATION, False),
+    "an embedding and a rotation": (embedded, None, ROTATION, True),
+    "an embedding, a balance and a rotation": (lambda x: embedded(x, BALANCE), BALANCE, ROTATION, True),
+    "a rotation that is undone": (lambda x: quarot.rotate(x, ROTATION, -1, 1, True), None, None, False),
+    "a balance that is undone": (lambda x: balanced(x, True), None, ROTATION, False),
+    "a rotation across heads": (lambda x: quarot.rotate(x, "hadamard-2", 1), None, None, False),
 }
 
 
 @pytest.mark.parametrize("before", BEFORE)
 def test_what_comes_before_is_fused_if_the_op_does_it(before):
-    function, rotation, is_embedded = BEFORE[before]
+    function, balance, rotation, is_embedded = BEFORE[before]
     scheme = Scheme(before=function)
     result, report = fused(forward(scheme), scheme)
     assert (report.matched, report.declined) == (1, [])
-    *held, _, _, cos, sin, found, bits, group, clip = node_named(result, "quarot.append.default").args
+    *held, _, _, cos, sin, found_balance, found_rotation, bits, group, clip = node_named(
+        result, "quarot.append.default"
+    ).args
     assert [node.op for node in held] == ["placeholder"] * 3
-    assert (found, bits, group, clip) == (rotation, 4, None, 0.95)
+    assert (found_balance, found_rotation, bits, group, clip) == (balance, rotation, 4, None, 0.95)
     assert (cos is not None) == (sin is not None) == is_embedded
     assert not {"index_copy", "quantize_asymmetric", "pack"} & set(targets(result))
     assert targets(result).count("copy_") == 1  # of the length

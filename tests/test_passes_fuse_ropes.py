@@ -5,10 +5,12 @@ from torch.testing import assert_close
 
 from quarot_fx.config import QuarotConfig
 from quarot_fx.graph import FROZEN
+from quarot_fx.ops.balance import random_balance
 from quarot_fx.passes.fuse_ropes import FuseRopes
 
 FUSED, REFERENCE = "quarot.rope_rotate.default", QuarotConfig(kernels="reference")
 BATCH, HEADS, TOKENS, SIZE = 2, 3, 5, 8
+BALANCE, ONE_BALANCE = (random_balance(heads, SIZE, torch.Generator().manual_seed(0)) for heads in (2, 1))
 INPUTS = tokens(BATCH, TOKENS, HEADS, SIZE), tokens(1, TOKENS, SIZE).cos(), tokens(1, TOKENS, SIZE).sin()
 
 
@@ -90,6 +92,25 @@ def test_heads_may_come_after_tokens(count):
     assert [angle.meta["val"].shape for angle in angles] == [(1, count, SIZE)] * 2
 
 
+@pytest.mark.parametrize("inverse", [(), (True,)])
+@pytest.mark.parametrize("after", [False, True])
+def test_heads_are_balanced_between(inverse, after):
+    """Keys, and queries, of which two share a key; heads before tokens in the embedding, or after it."""
+
+    def forward(x, cos, sin):
+        if after:
+            embedded = rope(x.transpose(1, 2), cos[:, :, None], sin[:, :, None]).transpose(1, 2)
+        else:
+            embedded = rope(x, cos[:, None], sin[:, None])
+        return rotate(torch.ops.quarot.balance(embedded, BALANCE, *inverse), "hadamard-4")
+
+    x = tokens(BATCH, TOKENS, 4 if inverse else 2, SIZE)
+    result, report = fused(forward, x, *INPUTS[1:])
+    assert (report.matched, report.declined) == (1, [])
+    assert targets(result) in (["transpose", "rope_rotate"], ["transpose", "transpose", "transpose", "rope_rotate"])
+    assert node_named(result, FUSED).args[3:] == ("hadamard-4", BALANCE, bool(inverse))
+
+
 def test_other_readers_keep_the_embedding():
     result, report = fused(lambda x, cos, sin: (rotate(y := rope(x, cos[:, None], sin[:, None])), y))
     assert report.matched == 1
@@ -123,6 +144,11 @@ def part(x, cos, sin):
 
 
 DECLINED = {
+    "axes are moved in an unusual way between the embedding and the balance of heads": (
+        lambda x, cos, sin: rotate(
+            torch.ops.quarot.balance(rope(x, cos[:, None], sin[:, None]).flatten(1, 2)[:, None], ONE_BALANCE)
+        )
+    ),
     "only a part of each head is embedded, and all of it rotated": part,
     "what is embedded is appended to a cache before all of it is rotated": (
         lambda x, cos, sin: rotate(torch.cat((x, rope(x, cos[:, None], sin[:, None])), -2))

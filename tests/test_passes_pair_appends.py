@@ -47,10 +47,11 @@ def test_keys_and_values_of_a_layer_are_appended_together(schemes):
     result, report = paired(*schemes)
     assert (report.matched, report.declined) == (1, [])
     assert {"append", "append_pair"} & set(targets(result)) == {"append_pair"}
-    *_, cos, sin, k_rotation, v_rotation, k_bits, v_bits, k_group, v_group, k_clip, v_clip = node_named(
-        result, "quarot.append_pair.default"
-    ).args
+    *_, cos, sin, k_balance, v_balance, k_rotation, v_rotation, k_bits, v_bits, k_group, v_group, k_clip, v_clip = (
+        node_named(result, "quarot.append_pair.default").args
+    )
     assert None not in (cos, sin)
+    assert (k_balance, v_balance) == (None, None)
     assert (k_rotation, k_bits, k_group, k_clip) == (ROTATION, 4, None, 0.95)
     assert (v_rotation, v_bits, v_group, v_clip) == (None, 2, 8, 1.0)
 

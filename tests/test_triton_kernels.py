@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import json
+import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from importlib import import_module
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,7 +20,8 @@ from quarot_fx.ops import DECLARATIONS, OpDeclaration
 pytest.importorskip("triton", reason="kernels need Triton, which is there for Linux only")
 
 from quarot_fx.lowering import triton as kernels  # registers the provider
-from quarot_fx.lowering.triton import tiles
+from quarot_fx.lowering.triton import append_prompt, tiles
+from quarot_fx.lowering.triton.appended import Appended
 from quarot_fx.lowering.triton.device import Device
 from quarot_fx.lowering.triton.rotation_matrices import split
 from quarot_fx.rotation import Rotation
@@ -72,6 +77,17 @@ def test_kernels_take_nearly_all_inputs_of_their_op(name: str) -> None:
     provider = DECLARATIONS[name].providers["triton"]
     reasons = [provider.reason_against(*on_device(args)) for args in inputs(name)]
     assert reasons.count(None) >= 0.7 * len(reasons), reasons
+
+
+@pytest.mark.skipif(DEVICE == "cuda" or sys.platform != "linux", reason="with a GPU they are compiled to run")
+@pytest.mark.parametrize("names", [("append", "rope_rotate"), pytest.param(OPS, marks=pytest.mark.slow, id="all")])
+def test_kernels_are_translated_for_a_gpu(names: Sequence[str]) -> None:
+    """Triton's interpreter does not see the types that its compiler refuses."""
+    program = Path(__file__).with_name("compile_for_gpu.py")
+    environment = os.environ | {"TRITON_INTERPRET": "0"}
+    process = subprocess.run([sys.executable, program, *names], capture_output=True, text=True, env=environment)
+    assert process.returncode == 0, process.stderr[-2000:]
+    assert json.loads(process.stdout) == {name: [] for name in names}
 
 
 @pytest.mark.parametrize("symmetric", [True, False])
@@ -201,7 +217,7 @@ def appended(x: torch.Tensor, bits: int, group: int | None, clip: float) -> list
     declaration = DECLARATIONS["append"]
     codes, scale, zero = DECLARATIONS["quantize_asymmetric"].reference(x, bits, group, clip)
     rows = (DECLARATIONS["pack"].reference(codes, bits), scale, zero)
-    args = (*map(torch.zeros_like, rows), x, torch.arange(x.shape[2]), None, None, None, bits, group, clip)
+    args = (*map(torch.zeros_like, rows), x, torch.arange(x.shape[2]), None, None, None, None, bits, group, clip)
     kernel = outcome(declaration, declaration.providers["triton"].implementation, on_device(args))
     return [tuple(tensor.cpu() for tensor in kernel), rows]
 
@@ -240,10 +256,59 @@ def test_what_is_not_finite_shows_in_its_group_only(value: float) -> None:
 def test_reasons_against_appending(change: dict[str, Any], reason: str) -> None:
     codes, scale = torch.zeros(1, 2, 9, 48, dtype=torch.uint8), torch.zeros(1, 2, 9, 1)
     args = {"codes": codes, "scale": scale, "zero": scale.byte(), "x": torch.zeros(1, 2, 3, 96), "position": None,
-            "cos": None, "sin": None, "rotation": None, "bits": 4, "group": None, "clip": 1.0} | change  # fmt: skip
+            "cos": None, "sin": None, "balance": None, "rotation": None, "bits": 4, "group": None, "clip": 1.0,
+            **change}  # fmt: skip
     found = DECLARATIONS["append"].providers["triton"].reason_against(*on_device(tuple(args.values())))
     assert found is not None
     assert reason in found
+
+
+@pytest.mark.parametrize(("shape", "each"), [((2, 8, 130, 128), 4), ((3, 6, 130, 64), 1)])  # 6 are not divisible by 4
+@pytest.mark.parametrize(("bits", "group"), [(2, None), (4, None), (4, 32), (8, None)])
+def test_prompts_of_many_heads(shape: tuple[int, int, int, int], each: int, bits: int, group: int | None) -> None:
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(bits)).bfloat16()
+    kernel, reference = appended(x, bits, group, 0.95)
+    for actual, expected in zip(kernel, reference, strict=True):
+        assert torch.equal(actual, expected)
+    if DEVICE == "cpu":  # the interpreter's multiprocessors are few
+        new = Appended(*on_device((*kernel, x, torch.arange(130), None, None, None, None, bits, group, 0.95)))
+        assert append_prompt.takes(new)
+        assert append_prompt.heads_of_programs([new]) == [each]
+
+
+@pytest.mark.parametrize("heads", [8, 6])
+def test_prompts_of_many_heads_are_embedded_and_rotated(heads: int) -> None:
+    generator = torch.Generator().manual_seed(heads)
+    x = torch.randn(2, 150, heads, 64, generator=generator).bfloat16().transpose(1, 2)
+    angles = torch.rand(2, 150, 64, generator=generator)
+    codes, scale = torch.zeros(2, heads, 150, 32, dtype=torch.uint8), torch.zeros(2, heads, 150, 1)
+    rest = (angles.cos().bfloat16(), angles.sin().bfloat16(), None, "hadamard-64", 4, None, 0.95)
+    args = (codes, scale, scale.byte(), x, torch.arange(140), *rest)  # the first ten are not stored
+    declaration = DECLARATIONS["append"]
+    expected = outcome(declaration, declaration.reference, args)
+    actual = outcome(declaration, declaration.providers["triton"].implementation, on_device(args))
+    for index, (one, other) in enumerate(zip(actual, expected, strict=True)):
+        check_agrees(declaration, one, other, codes.numel() if index == 0 else scale.numel())
+
+
+@pytest.mark.parametrize(
+    ("change", "is_taken"),
+    [
+        ({}, True),
+        ({"x": torch.zeros(1, 2, 64, 128, dtype=torch.float16)}, True),
+        ({"x": torch.zeros(1, 2, 64, 128)}, False),  # no two numbers in a word
+        ({"x": torch.zeros(1, 2, 63, 128, dtype=torch.bfloat16)}, False),
+        # Rows begin within a word; a copy from one device to another would not keep that.
+        ({"codes": torch.zeros(1, 2, 99, 65, dtype=torch.uint8, device=DEVICE)[..., :64]}, False),
+        ({"clip": 1e-3}, False),  # quotients would not fit 16 bits
+    ],
+)
+def test_what_the_kernel_of_prompts_takes(change: dict[str, Any], is_taken: bool) -> None:
+    codes, scale = torch.zeros(1, 2, 99, 64, dtype=torch.uint8), torch.zeros(1, 2, 99, 1)
+    args = {"codes": codes, "scale": scale, "zero": scale.byte(), "x": torch.zeros(1, 2, 64, 128, dtype=torch.bfloat16),
+            "position": torch.arange(64), "cos": None, "sin": None, "balance": None, "rotation": None, "bits": 4,
+            "group": None, "clip": 1.0} | change  # fmt: skip
+    assert append_prompt.takes(Appended(*on_device(tuple(args.values())))) == is_taken
 
 
 # -- choice of launch parameters -------------------------------------------------------------------
@@ -265,6 +330,36 @@ def test_every_path_accumulates_exactly(tokens: int, container: torch.dtype, bit
     assert torch.equal(provider.implementation(*args).cpu().double(), codes.double() @ weight.double().mT)
 
 
+@pytest.mark.parametrize("launch", [None, {"WORDS": 512, "num_warps": 4}])
+@pytest.mark.parametrize("rows", [48, 70])
+def test_integer_sums_of_a_normalised_token_are_exact(launch: dict[str, int] | None, rows: int) -> None:
+    """The token's numbers are its codes, up to a factor: none lies between two."""
+    from quarot_fx.lowering.triton.norm_int_linear import norm_int_linear
+
+    generator = torch.Generator().manual_seed(rows)
+    codes = torch.randint(-7, 8, (1, 1000), generator=generator)
+    codes[0, 5] = 7
+    norm_quantize = DECLARATIONS["norm_quantize"].reference
+    _, scale, *_ = norm_quantize(codes.float(), None, None, None, 0.0, 4, None, 1.0, True, torch.int8)
+    weight = torch.randint(-8, 8, (rows, 1000), dtype=torch.int8, generator=generator)
+    packed = DECLARATIONS["pack_weight"].reference(weight, 4)
+    args = (codes.float(), None, 0.0, 4, 1.0, packed, torch.ones(rows, 1), None, None, torch.float32, None)
+    actual = norm_int_linear(*on_device(args), launch=launch)
+    sums = actual.cpu().double() / scale
+    assert torch.equal(sums.round(), codes.double() @ weight.double().mT)
+    assert (sums - sums.round()).abs().max() < 0.01
+
+
+@pytest.mark.parametrize("place", [0, 1023])
+@pytest.mark.parametrize("number", [torch.nan, torch.inf])
+def test_a_token_that_is_not_finite_shows(number: float, place: int) -> None:
+    x, *rest = next(args for args in inputs("norm_int_linear") if args[0].shape[-1] == 1024)
+    x = x.clone()
+    x[..., place] = number
+    result = DECLARATIONS["norm_int_linear"].providers["triton"].implementation(*on_device((x, *rest)))
+    assert result.isnan().all()
+
+
 @pytest.mark.parametrize("name", ["int_linear", "gated_int_linear"])
 def test_split_products_are_the_same_in_every_run(name: str) -> None:
     multiply = getattr(import_module(f"quarot_fx.lowering.triton.{name}"), name)
@@ -282,7 +377,16 @@ def test_every_gpu_has_launch_parameters_that_fit_it(
     capability: tuple[int, int], kibibytes: int, is_hopper_like: bool
 ) -> None:
     found = tiles.table(Device(capability, kibibytes * 1024, multiprocessors=132))
-    for kernel in ("attend", "attend_packed", "int_gemv", "int_matmul", "int_matmul_float8", "rotate_quantize"):
+    for kernel in (
+        "attend",
+        "attend_packed",
+        "float_linear",
+        "int_gemv",
+        "int_matmul",
+        "int_matmul_float8",
+        "norm_int_linear",
+        "rotate_quantize",
+    ):
         assert found[kernel]
     assert (len(found["int_matmul"]) > 10) == is_hopper_like
 

@@ -1,4 +1,4 @@
-"""New keys or values are embedded, rotated, quantised, packed and stored by one kernel, which reads them once.
+"""New keys or values are embedded, balanced, rotated, quantised, packed and stored by one kernel that reads them once.
 
 A program takes many tokens of one head: a Hadamard transform is a product with one small matrix on tensor cores, as in
 ``rope_rotate``, and a token's codes stay in registers until their bytes are put together. Of one token it takes nothing
@@ -7,14 +7,14 @@ but this row: as few instructions as possible, which are fetched for the first t
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
 from typing import Any
 
-import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 
+from quarot_fx.lowering.triton import append_prompt
+from quarot_fx.lowering.triton.appended import Appended
 from quarot_fx.lowering.triton.device import describe
 from quarot_fx.lowering.triton.language import dot, keep, let_dependents_start, round_to, wait_for_inputs
 from quarot_fx.lowering.triton.quantization import (
@@ -23,9 +23,9 @@ from quarot_fx.lowering.triton.quantization import (
     encode_asymmetric,
     low_byte,
 )
-from quarot_fx.lowering.triton.rope_rotate import embedded_halves, load_halves
+from quarot_fx.lowering.triton.rope_rotate import embedded_halves, load_halves, matrix_of_head
 from quarot_fx.lowering.triton.rotate import PRECISIONS, load_matrix
-from quarot_fx.lowering.triton.rotation_matrices import head_matrix, power_of_two_from
+from quarot_fx.lowering.triton.rotation_matrices import head_matrices, power_of_two_from
 
 MOST_TOKENS = 64  # of a program's tile
 ONE_WARP = 256  # elements that one warp takes, without a barrier
@@ -55,6 +55,7 @@ def _append_tile(
     zero,
     y,
     heads,
+    sharing,
     tokens,
     skipped,
     capacity,
@@ -91,10 +92,11 @@ def _append_tile(
     PRECISION: tl.constexpr = SCHEME[6]
     batch, head = (head_of_all // heads).to(tl.int64), (head_of_all % heads).to(tl.int64)
     token, column = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS), tl.arange(0, BLOCK)
+    at = matrix_of_head(matrix, head, sharing, BLOCK)
     if cos is not None:
-        upper, lower = load_halves(matrix, SIZE, BLOCK, HALF_BLOCK)
+        upper, lower = load_halves(at, SIZE, BLOCK, HALF_BLOCK)
     else:
-        rotation = load_matrix(matrix, BLOCK)
+        of_head = load_matrix(at, BLOCK)
     head_at = x + batch * stride_batch + head * stride_head
     mask = (token < tokens)[:, None] & (column < SIZE)[None, :]
     wait_for_inputs(EARLY)
@@ -107,7 +109,7 @@ def _append_tile(
     else:
         values = tl.load(head_at + token[:, None] * stride_token + column[None, :], mask=mask, other=0)
         if matrix is not None:
-            values = dot(values, rotation, PRECISION)
+            values = dot(values, of_head, PRECISION)
     is_stored = (place >= 0) & (place < capacity)
     if matrix is not None:
         values = round_to(values * norm, x.dtype.element_ty)
@@ -148,77 +150,43 @@ def _append_tile(
 
 def append(*new: Any) -> None:
     """Do what the op declares."""
-    launch_appends(New(*new))
+    launch_appends(Appended(*new))
 
 
-@dataclass(frozen=True)
-class New:
-    """What is appended to a cache: the arguments of ``quarot::append``.
-
-    Attributes:
-        y: where the numbers that the codes stand for are stored as well, if anywhere.
-    """
-
-    codes: Tensor
-    scale: Tensor
-    zero: Tensor
-    x: Tensor
-    position: Tensor
-    cos: Tensor | None
-    sin: Tensor | None
-    rotation: str | None
-    bits: int
-    group: int | None
-    clip: float
-    y: Tensor | None = None
-
-    @property
-    def block(self) -> int:
-        """Elements of a head in a program's tile."""
-        return power_of_two_from(self.x.shape[-1])
-
-    def arguments(self) -> tuple[Any, ...]:
-        """Return what a program is told when it runs."""
-        _, heads, tokens, size = self.x.shape
-        x = self.x if self.x.stride(-1) == 1 else self.x.contiguous()
-        matrix, norm = (None, 1.0) if self.rotation is None else head_matrix(self.rotation, size, x.device, x.dtype)
-        cos, sin, stride_angles = self.cos, self.sin, 0
-        if cos is not None and sin is not None:
-            cos, sin = cos.contiguous(), sin.contiguous()
-            stride_angles = 0 if len(cos) == 1 else tokens * size
-        codes = self.words()
-        return (
-            x, cos, sin, matrix, self.position, codes, self.scale, self.zero, self.y,
-            heads, tokens, tokens - len(self.position), self.codes.shape[2], norm, self.clip,
-            *x.stride()[:3], stride_angles, *codes.stride()[:3], *self.scale.stride()[:3], *self.zero.stride()[:3],
-        )  # fmt: skip
-
-    def words(self) -> Tensor:
-        """Return the codes of the cache in words of 32 bits, if a row is some, else in bytes."""
-        is_of_words = not any(n % 4 for n in (*self.codes.stride()[:-1], self.codes.storage_offset()))
-        return self.codes.view(torch.int32) if is_of_words and self.codes.shape[-1] % 4 == 0 else self.codes
-
-    def scheme(self) -> tuple[Any, ...]:
-        """Return what a program is compiled for."""
-        size, groups = self.x.shape[-1], self.scale.shape[-1]
-        group_blocks = 1 if groups == 1 else self.block // (size // groups)
-        half = power_of_two_from(size // 2)
-        return size, self.block, half, groups, group_blocks, self.bits, PRECISIONS[self.x.dtype]
-
-
-def launch_appends(keys: New, values: New | None = None) -> None:
+def launch_appends(keys: Appended, values: Appended | None = None) -> None:
     """Append to one cache, or to two at the same positions."""
     parts = [keys] if values is None else [keys, values]
     if not any(part.x.numel() for part in parts):
         return
-    tokens = keys.x.shape[2]
+    if all(append_prompt.takes(part) for part in parts):
+        append_prompt.launch(parts)
+    else:
+        _launch_tiles(parts)
+
+
+def _launch_tiles(parts: Sequence[Appended]) -> None:
+    """Take many tokens of a head at a time."""
+    tokens = parts[0].x.shape[2]
     tile = min(power_of_two_from(tokens, smallest=1), MOST_TOKENS)
     heads = [part.x.shape[0] * part.x.shape[1] for part in parts]
-    is_small = all(part.rotation is None and tile * part.block <= ONE_WARP for part in parts)
-    early = describe(keys.x.device).starts_early
+    arguments, schemes = [part.arguments(head_matrices) for part in parts], [_scheme(part) for part in parts]
+    is_small = not any(part.is_multiplied or tile * _block(part) > ONE_WARP for part in parts)
+    early = describe(parts[0].x.device).starts_early
     _append[(triton.cdiv(tokens, tile), sum(heads))](
-        keys.arguments(), None if values is None else values.arguments(), heads[0],
-        KEYS=keys.scheme(), VALUES=None if values is None else values.scheme(), TOKENS=tile,
+        arguments[0], arguments[1] if len(parts) > 1 else None, heads[0],
+        KEYS=schemes[0], VALUES=schemes[1] if len(parts) > 1 else None, TOKENS=tile,
         EARLY=early, launch_pdl=early, num_warps=1 if is_small else 4,
         enable_fp_fusion=False,  # a product is rounded before it is added to another, as in the reference
     )  # fmt: skip
+
+
+def _scheme(new: Appended) -> tuple[Any, ...]:
+    """Return what a program is compiled for."""
+    size, groups, block = new.x.shape[-1], new.scale.shape[-1], _block(new)
+    group_blocks = 1 if groups == 1 else block // (size // groups)
+    return size, block, power_of_two_from(size // 2), groups, group_blocks, new.bits, PRECISIONS[new.x.dtype]
+
+
+def _block(new: Appended) -> int:
+    """Return the elements of a head in a program's tile."""
+    return power_of_two_from(new.x.shape[-1])

@@ -7,11 +7,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from quarot_fx.lowering.triton.append import New, launch_appends
+from quarot_fx.lowering.triton.append import launch_appends
+from quarot_fx.lowering.triton.appended import Appended
 
 
 def append_dequantize(codes: Tensor, scale: Tensor, zero: Tensor, x: Tensor, *rest: Any) -> Tensor:
     """Do what the op declares."""
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    launch_appends(New(codes, scale, zero, x, *rest, y))
+    launch_appends(Appended(codes, scale, zero, x, *rest, y))
     return y

@@ -329,6 +329,8 @@ def attend_rows(
     keys_at_once = launch.pop("KEYS")
     programs = launch.pop("PROGRAMS") * device.multiprocessors
     split = split_keys(triton.cdiv(keys, keys_at_once), programs // pairs)
+    if split.each == 1:
+        launch["num_stages"] = 1  # no next block is loaded meanwhile
     mask, mask_rows, mask_strides = expand_mask(mask, q, keys, rows)
     parts = Parts.of(y, pairs * group * queries, split.programs)
     early = {"EARLY": device.starts_early, "launch_pdl": device.starts_early}

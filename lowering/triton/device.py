@@ -39,6 +39,11 @@ class Device:
         return self.capability[0] == HOPPER[0]
 
     @property
+    def has_pairs(self) -> bool:
+        """Whether two integers of 16 bits are clamped by one instruction; the interpreter has another for it."""
+        return self is INTERPRETER or self.capability >= HOPPER
+
+    @property
     def starts_early(self) -> bool:
         """Whether a kernel may be started before the one ahead of it has ended (programmatic dependent launch)."""
         return self.capability >= HOPPER

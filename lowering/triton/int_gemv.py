@@ -19,6 +19,23 @@ BLOCK_WORDS = tl.constexpr(32)  # of the weight's layout: 128 bytes
 
 
 @triton.jit
+def rows_of_block(block, BLOCK_N: tl.constexpr, ACTIVATION: tl.constexpr):
+    """Return the rows of a block of the weight, a gate next to what it multiplies."""
+    rows = block * BLOCK_N + tl.arange(0, BLOCK_N)
+    if ACTIVATION is not None:
+        result = rows // 2
+        rows = result // GATE_ROWS * (2 * GATE_ROWS) + rows % 2 * GATE_ROWS + result % GATE_ROWS
+    return rows
+
+
+@triton.jit
+def gated(value, ACTIVATION: tl.constexpr, dtype: tl.constexpr):
+    """Return activation(gate) * up of each pair of neighbours of a vector."""
+    gate, up = tl.split(tl.reshape(value, (value.shape[0] // 2, 2)))
+    return activate(gate, ACTIVATION, dtype) * up
+
+
+@triton.jit
 def _int_gemv(
     x,
     w,
@@ -42,14 +59,10 @@ def _int_gemv(
     EARLY: tl.constexpr,
 ):
     token = tl.program_id(0)  # the fastest, so that programs that share rows run together
-    rows = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     RATIO: tl.constexpr = 1 if ACTIVATION is None else 2
     N_RESULTS = N // RATIO
     results = tl.program_id(1) * (BLOCK_N // RATIO) + tl.arange(0, BLOCK_N // RATIO)
-    if ACTIVATION is not None:  # a gate next to what it multiplies
-        result = rows // 2
-        rows = result // GATE_ROWS * (2 * GATE_ROWS) + rows % 2 * GATE_ROWS + result % GATE_ROWS
-    row_at = tl.minimum(rows, N - 1)
+    row_at = tl.minimum(rows_of_block(tl.program_id(1), BLOCK_N, ACTIVATION), N - 1)
     products = tl.zeros((BLOCK_N, BLOCK_K), tl.int32)
     lines = tl.minimum(tl.arange(0, PREFETCHED // WORDS_PER_LINE) * WORDS_PER_LINE, W_WORDS - 1)
     prefetch(w + row_at[:, None] * W_WORDS + lines[None, :], EARLY)
@@ -90,8 +103,7 @@ def _int_gemv(
     if bias is not None:
         value += biases.to(tl.float32)
     if ACTIVATION is not None:
-        gate, up = tl.split(tl.reshape(value, (BLOCK_N // 2, 2)))
-        value = activate(gate, ACTIVATION, y.dtype.element_ty) * up
+        value = gated(value, ACTIVATION, y.dtype.element_ty)
     if residual is not None:
         value += residuals.to(tl.float32)
     tl.store(y + at, value.to(y.dtype.element_ty), mask=results < N_RESULTS)

@@ -20,6 +20,16 @@ def divide_scalars(x, y):
 
 
 @triton.jit
+def negative(x):
+    """Return -x for float32, at no cost where it is an operand; the compiler would subtract it from 0."""
+    if INTERPRETED:
+        y = -x
+    else:
+        y = tl.inline_asm_elementwise("neg.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1)
+    return y
+
+
+@triton.jit
 def round_to(x, dtype: tl.constexpr):
     """Round float32 to a floating-point type, half to even; the interpreter's own cast to bfloat16 cuts off."""
     if INTERPRETED and dtype == tl.bfloat16:

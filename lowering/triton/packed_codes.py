@@ -265,6 +265,26 @@ def _joined16(a, b, c, d, e, f, g, h, i, j, k, m, n, o, p, q):
 
 
 @triton.jit
+def words_of_low_bytes(integers):
+    """Return words of the low bytes of int32 [words, 4]."""
+    if INTERPRETED:
+        words = tl.sum((integers & 0xFF) << (8 * tl.arange(0, 4))[None, :], axis=1)
+    else:
+        evens, odds = tl.split(tl.reshape(integers, (integers.shape[0], 2, 2)))
+        first, third = tl.split(evens)
+        second, fourth = tl.split(odds)
+        words = tl.inline_asm_elementwise(
+            "{ .reg .b32 l, h; prmt.b32 l, $1, $2, 0x40; prmt.b32 h, $3, $4, 0x40; prmt.b32 $0, l, h, 0x5410; }",
+            "=r,r,r,r,r",
+            [first, second, third, fourth],
+            dtype=tl.int32,
+            is_pure=True,
+            pack=1,
+        )
+    return words
+
+
+@triton.jit
 def _signed_byte(word, SHIFT: tl.constexpr):
     return (((word >> SHIFT) & 0xFF) ^ 0x80) - 0x80
 

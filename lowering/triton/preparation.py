@@ -11,7 +11,15 @@ from typing import Any
 
 from torch import Tensor
 
-from quarot_fx.lowering.triton.rotation_matrices import head_matrix, head_slabs, matrices, possible_splits, split
+from quarot_fx.lowering.triton.append_prompt import SIZES
+from quarot_fx.lowering.triton.rotation_matrices import (
+    head_matrices,
+    head_matrices_by_thread,
+    head_slabs,
+    matrices,
+    possible_splits,
+    split,
+)
 from quarot_fx.ops.append_pair import arguments_of_each
 from quarot_fx.rotation import Rotation
 
@@ -26,17 +34,21 @@ def _rotate_quantize(x: Tensor, gate: Tensor | None, activation: str, rotation: 
         matrices(cut, x.device, x.dtype)
 
 
-def _rope_rotate(x: Tensor, cos: Tensor, sin: Tensor, rotation: str) -> None:
-    if cut := head_slabs(rotation, x.shape[-1], x.dtype):
+def _rope_rotate(
+    x: Tensor, cos: Tensor, sin: Tensor, rotation: str, balance: str | None = None, inverse: bool = False
+) -> None:
+    if balance is None and (cut := head_slabs(rotation, x.shape[-1], x.dtype)):
         matrices(cut, x.device, x.dtype)
     else:
-        head_matrix(rotation, x.shape[-1], x.device, x.dtype)
+        head_matrices(x.shape[-1], x.device, x.dtype, rotation, balance, inverse)
 
 
 def _append(*args: Any) -> None:
-    x, rotation = args[3], args[7]
-    if rotation is not None:
-        head_matrix(rotation, x.shape[-1], x.device, x.dtype)
+    x, balance, rotation = args[3], args[7], args[8]
+    if balance is not None or rotation is not None:
+        head_matrices(x.shape[-1], x.device, x.dtype, rotation, balance)
+        if x.shape[-1] in SIZES:
+            head_matrices_by_thread(x.shape[-1], x.device, x.dtype, rotation, balance)
 
 
 def _append_pair(*args: Any) -> None:

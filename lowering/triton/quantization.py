@@ -6,6 +6,7 @@ import triton
 import triton.language as tl
 
 from quarot_fx.lowering.triton.language import INTERPRETED, divide_scalars
+from quarot_fx.lowering.triton.packed_codes import words_of_low_bytes
 
 ROUND_TO_INTEGER = tl.constexpr(1.5 * 2.0**23)  # adding it leaves no bits for a fraction: rounds half to even
 ROUND_TO_INTEGER_BITS = tl.constexpr(0x4B400000)
@@ -51,12 +52,21 @@ def low_byte(integers):
 
 @triton.jit
 def _clamped(shifted, origin, lowest, highest):
-    """Return ROUND_TO_INTEGER + an integer plus an integer origin, clamped; a NaN becomes the lowest."""
+    """Return ROUND_TO_INTEGER + an integer plus an integer origin, clamped; a NaN becomes the lowest, if any."""
     if origin is not None:
         shifted += origin
-    if INTERPRETED:  # a GPU's maximum drops a NaN, numpy's does not
-        shifted = tl.where(shifted == shifted, shifted, ROUND_TO_INTEGER + lowest)
-    return tl.minimum(tl.maximum(shifted, ROUND_TO_INTEGER + lowest), ROUND_TO_INTEGER + highest)
+    if lowest is not None:
+        if INTERPRETED:  # a GPU's maximum drops a NaN, numpy's does not
+            shifted = tl.where(shifted == shifted, shifted, ROUND_TO_INTEGER + lowest)
+        shifted = tl.maximum(shifted, ROUND_TO_INTEGER + lowest)
+    return tl.minimum(shifted, ROUND_TO_INTEGER + highest)
+
+
+@triton.jit
+def symmetric_step(largest, unit, clip, BITS: tl.constexpr):
+    """Return the step of symmetric codes of numbers, in units of ``unit``, of which this magnitude is the largest."""
+    step = divide_scalars(largest * unit * clip, 2.0 ** (BITS - 1) - 1)
+    return tl.where(step == 0, 1.0, step)
 
 
 @triton.jit
@@ -72,8 +82,7 @@ def quantization(rows, unit, clip, SYMMETRIC: tl.constexpr, BITS: tl.constexpr):
     largest = _largest_magnitude(rows)
     is_finite = largest < float("inf")
     if SYMMETRIC:
-        step = divide_scalars(largest * unit * clip, HIGHEST)
-        step = tl.where(step == 0, 1.0, step)
+        step = symmetric_step(largest, unit, clip, BITS)
         zeros = tl.zeros_like(step)
     else:
         low = tl.minimum(tl.min(rows, axis=1), 0.0) * unit * clip
@@ -101,6 +110,20 @@ def store_codes(values, unit, codes_at, mask, step, zeros, lowest, highest, size
     if not SYMMETRIC:
         total -= (values.shape[1] * values.shape[2] - size) * zeros.to(tl.int32)
     return total
+
+
+def reaches_below(bits: int, clip: float) -> bool:
+    """Whether numbers whose range is clipped may round to less than the lowest symmetric code."""
+    return bool((2 ** (bits - 1) - 1) / clip > 2 ** (bits - 1) + 0.25)  # 0.5, less what float32 rounds
+
+
+@triton.jit
+def packed_words(values, unit, step, BITS: tl.constexpr, REACHES_BELOW: tl.constexpr):
+    """Return symmetric codes of float32 [words, 4], four of 8 bits in each word, int32."""
+    HIGHEST: tl.constexpr = 2.0 ** (BITS - 1) - 1
+    LOWEST: tl.constexpr = -HIGHEST - 1 if REACHES_BELOW else None
+    shifted = _round_to_code(values, divide_scalars(1.0, step) * unit, None, LOWEST, HIGHEST)
+    return words_of_low_bytes(shifted.to(tl.int32, bitcast=True))
 
 
 @triton.jit

@@ -1,8 +1,8 @@
 """Rotary embedding and a Hadamard transform of each head.
 
 Heads of bfloat16 whose sizes are powers of two are rotated in slabs of several tokens (``rotate_slabs``): a half of one
-is loaded twice, the second time from a close cache, and angles once for several heads. All others are multiplied with
-one small matrix: their halves are loaded once, and each is multiplied with its rows of the matrix.
+is loaded twice, the second time from a close cache, and angles once for several heads. All others, and balanced ones,
+are multiplied with one small matrix: their halves are loaded once, and each is multiplied with its rows of the matrix.
 """
 
 from __future__ import annotations
@@ -17,8 +17,9 @@ from quarot_fx.lowering.triton.rotate import PRECISIONS, load_matrix
 from quarot_fx.lowering.triton.rotate_slabs import SIDE, slab_places, slabs_rotated
 from quarot_fx.lowering.triton.rotation_matrices import (
     HEAD_SLABS,
+    HeadMatrices,
     Split,
-    head_matrix,
+    head_matrices,
     head_slabs,
     matrices,
     power_of_two_from,
@@ -27,6 +28,18 @@ from quarot_fx.lowering.triton.rotation_matrices import (
 MOST_TOKENS = 128  # of a program's tile
 MOST_HEADS = 4  # that a program takes one after the other
 PROGRAMS = 4  # on a multiprocessor, before a program takes several heads
+
+
+@triton.jit
+def matrix_of_head(matrices, head, sharing, BLOCK: tl.constexpr):
+    """Return where the matrix [BLOCK, BLOCK] of a head is, which so many share, or all; nothing of nothing."""
+    if matrices is None:
+        at = None
+    elif sharing is None:
+        at = matrices
+    else:
+        at = matrices + head // sharing * (BLOCK * BLOCK)
+    return at
 
 
 @triton.jit
@@ -73,6 +86,7 @@ def _rope_rotate(
     matrix,
     y,
     heads,
+    sharing,
     tokens,
     norm,
     stride_batch,
@@ -88,7 +102,7 @@ def _rope_rotate(
 ):
     batch, head = tl.program_id(1) // heads, tl.program_id(1) % heads
     token, column = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS), tl.arange(0, BLOCK)
-    upper, lower = load_halves(matrix, SIZE, BLOCK, HALF_BLOCK)
+    upper, lower = load_halves(matrix_of_head(matrix, head, sharing, BLOCK), SIZE, BLOCK, HALF_BLOCK)
     head_at = x + batch.to(tl.int64) * stride_batch + head.to(tl.int64) * stride_head
     wait_for_inputs(EARLY)
     let_dependents_start(EARLY)
@@ -149,7 +163,9 @@ def _rope_rotate_slabs(
         tl.store(y + (row + token) * SIZE + column, round_to(rotated, dtype), mask=mask)
 
 
-def rope_rotate(x: Tensor, cos: Tensor, sin: Tensor, rotation: str) -> Tensor:
+def rope_rotate(
+    x: Tensor, cos: Tensor, sin: Tensor, rotation: str, balance: str | None = None, inverse: bool = False
+) -> Tensor:
     """Return what the op declares."""
     y = x.new_empty(x.shape)
     if x.numel():
@@ -158,10 +174,11 @@ def rope_rotate(x: Tensor, cos: Tensor, sin: Tensor, rotation: str) -> Tensor:
         stride_angles = 0 if cos.shape[0] == 1 else tokens * size
         strides = (*x.stride()[:3], stride_angles)
         operands = x, cos.contiguous(), sin.contiguous()
-        if cut := head_slabs(rotation, size, x.dtype):
+        if balance is None and (cut := head_slabs(rotation, size, x.dtype)):
             _launch_slabs(*operands, y, cut, strides)
         else:
-            _launch_matrix(*operands, y, rotation, strides)
+            of_heads = head_matrices(size, x.device, x.dtype, rotation, balance, inverse)
+            _launch_matrices(*operands, y, of_heads, strides)
     return y
 
 
@@ -177,13 +194,14 @@ def _launch_slabs(x: Tensor, cos: Tensor, sin: Tensor, y: Tensor, cut: Split, st
     )  # fmt: skip
 
 
-def _launch_matrix(x: Tensor, cos: Tensor, sin: Tensor, y: Tensor, rotation: str, strides: tuple[int, ...]) -> None:
+def _launch_matrices(
+    x: Tensor, cos: Tensor, sin: Tensor, y: Tensor, of_heads: HeadMatrices, strides: tuple[int, ...]
+) -> None:
     batch, heads, tokens, size = x.shape
-    matrix, norm = head_matrix(rotation, size, x.device, x.dtype)
     early, block = describe(x.device).starts_early, min(power_of_two_from(tokens), MOST_TOKENS)
     _rope_rotate[(triton.cdiv(tokens, block), batch * heads)](
-        x, cos, sin, matrix, y, heads, tokens, norm, *strides,
-        SIZE=size, BLOCK=len(matrix), HALF_BLOCK=power_of_two_from(size // 2), TOKENS=block,
+        x, cos, sin, of_heads.values, y, heads, of_heads.sharing(heads), tokens, of_heads.norm, *strides,
+        SIZE=size, BLOCK=of_heads.block, HALF_BLOCK=power_of_two_from(size // 2), TOKENS=block,
         PRECISION=PRECISIONS[x.dtype], EARLY=early, launch_pdl=early,
         num_warps=8 if block == MOST_TOKENS else 4,
     )  # fmt: skip

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from quarot_fx.balance import Balance
 from quarot_fx.hadamard import Factor, kronecker_factors
 from quarot_fx.rotation import Rotation
 
@@ -177,15 +178,64 @@ def matrices(
     return tuple(None if matrix is None else matrix.to(dtype).to(device) for matrix in (left, middle, right))
 
 
+@dataclass(frozen=True)
+class HeadMatrices:
+    """What heads are multiplied with.
+
+    Attributes:
+        values: of a Hadamard +-1, [matrices, block, block], filled up with zeros.
+        norm: what a product is to be scaled by.
+    """
+
+    values: Tensor
+    norm: float
+
+    @property
+    def block(self) -> int:
+        """Elements of a head, filled up."""
+        return self.values.shape[-1]
+
+    def sharing(self, heads: int) -> int | None:
+        """Return how many of so many heads in a row have the same matrix, or ``None`` if all have."""
+        return None if len(self.values) == 1 else heads // len(self.values)
+
+
 @cache  # unbounded: recorded CUDA graphs read them
-def head_matrix(rotation: str, size: int, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, float]:
-    """Return the rotation of one head, filled up with zeros, and what it was divided by so that entries are +-1."""
-    q = Rotation.parse(rotation).matrix()
-    dense = torch.kron(torch.eye(size // len(q), dtype=q.dtype), q)
-    block, norm = power_of_two_from(size), dense.abs().max().item()
-    filled = torch.zeros(block, block)
-    filled[:size, :size] = dense / norm
-    return filled.to(dtype).to(device), norm  # cast first: a kernel may read it before it waits for kernels
+def head_matrices(
+    size: int,
+    device: torch.device,
+    dtype: torch.dtype,
+    rotation: str | None,
+    balance: str | None = None,
+    inverse: bool = False,
+) -> HeadMatrices:
+    """Return a rotation of heads, or the product of their balance, or of its inverse, with it."""
+    if balance is not None:
+        dense, norm = Balance.parse(balance).matrices(inverse, rotation), 1.0
+    else:
+        assert rotation is not None, "heads stay as they are"
+        q = Rotation.parse(rotation).matrix()
+        dense = torch.kron(torch.eye(size // len(q), dtype=q.dtype), q)[None]
+        norm = dense.abs().max().item()
+    block = power_of_two_from(size)
+    filled = torch.zeros(len(dense), block, block, dtype=dense.dtype)
+    filled[:, :size, :size] = dense / norm
+    return HeadMatrices(filled.to(dtype).to(device), norm)  # cast first: a kernel may read them before it waits
+
+
+@cache  # unbounded: recorded CUDA graphs read them
+def head_matrices_by_thread(
+    size: int, device: torch.device, dtype: torch.dtype, rotation: str | None, balance: str | None = None
+) -> HeadMatrices:
+    """Return the same with columns, and rows of each half, in the places that a tensor core gives to a thread.
+
+    The four threads of a row of a product have two neighbouring elements of every eight each: here a quarter of a half
+    of what is rotated, and a quarter of the result.
+    """
+    of_heads = head_matrices(size, torch.device("cpu"), dtype, rotation, balance)
+    column = torch.arange(size).view(4, -1, 2).transpose(0, 1).flatten()
+    row = torch.arange(size).view(2, 4, -1, 2).transpose(1, 2).flatten()
+    return HeadMatrices(of_heads.values[:, row][..., column].contiguous().to(device), of_heads.norm)
 
 
 def _matrix(side: tuple[Factor, ...], block: int, outer: int, transposed: bool) -> Tensor:

@@ -17,6 +17,7 @@ from quarot_fx.rotation import Rotation
 
 LARGEST_ROW = 65536  # elements that one program holds in registers
 FLOATS = (torch.bfloat16, torch.float16, torch.float32)
+LARGEST_TOKEN = 16384  # elements that every program of a product holds in registers besides its weights
 LARGEST_HEAD = 256
 MOST_GROUP_QUERIES = 64  # of the heads that share keys and values: the rows of a program's tile
 PACKED_BITS = (2, 4, 8)  # of codes that never straddle two bytes
@@ -82,9 +83,45 @@ def _int_linear(codes: Tensor, scale: Tensor, zero: Tensor | None, *rest: Any) -
     return None
 
 
+def _float_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> str | None:
+    if reason := _reason_against_token(x, x.dtype):
+        return reason
+    if x.dtype == torch.float32 or weight.dtype != x.dtype:
+        return f"the activation is {x.dtype}, and the weight {weight.dtype}"
+    return None
+
+
 def _gated_int_linear(*arguments: Any) -> str | None:
     *operands, dtype, _ = arguments
     return _int_linear(*operands, None, dtype)
+
+
+def _norm_int_linear(
+    x: Tensor,
+    gain: Tensor | None,
+    eps: float,
+    bits: int,
+    clip: float,
+    weight: Tensor,
+    weight_scale: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    dtype: torch.dtype,
+    activation: str | None,
+) -> str | None:
+    return _reason_against_token(x, dtype)
+
+
+def _reason_against_token(x: Tensor, dtype: torch.dtype) -> str | None:
+    if reason := _reason_against_device(x.device) or _reason_against_row(x):
+        return reason
+    if dtype not in FLOATS:
+        return f"the result is {dtype}"
+    if x.numel() > x.shape[-1]:
+        return "there are more tokens than one"
+    if x.shape[-1] > LARGEST_TOKEN:
+        return f"a token of {x.shape[-1]} elements is longer than {LARGEST_TOKEN}, which each program would hold"
+    return None
 
 
 def _pack_weight(codes: Tensor, bits: int) -> str | None:
@@ -119,7 +156,9 @@ def _rotate_quantize(
     return _reason_against_split(x, split(Rotation.parse(rotation), x.shape[-1], inner, x.dtype), rotation)
 
 
-def _rope_rotate(x: Tensor, cos: Tensor, sin: Tensor, rotation: str) -> str | None:
+def _rope_rotate(
+    x: Tensor, cos: Tensor, sin: Tensor, rotation: str, balance: str | None = None, inverse: bool = False
+) -> str | None:
     if reason := _reason_against_device(x.device) or _reason_against_row(x):
         return reason
     return _reason_against_head(x.shape[-1])
@@ -133,6 +172,7 @@ def _append(
     position: Tensor,
     cos: Tensor | None,
     sin: Tensor | None,
+    balance: str | None,
     rotation: str | None,
     bits: int,
     group: int | None,
@@ -143,8 +183,8 @@ def _append(
     size = x.shape[-1]
     if any(tensor.stride(-1) != 1 for tensor in (codes, scale, zero)):
         return "the cache has gaps in its last axis"
-    if cos is not None and rotation is None:
-        return "an embedding without a rotation after it is left to the compiler of the rest"
+    if cos is not None and balance is None and rotation is None:
+        return "an embedding with nothing after it is left to the compiler of the rest"
     if group is not None and group != size and group & (group - 1):
         return f"groups of {group}: the kernel takes whole heads and powers of two"
     return _reason_against_head(size) or _reason_against_bits(bits)
@@ -224,8 +264,10 @@ REASONS: dict[str, Callable[..., str | None]] = {
     "append_pair": _append_pair,
     "attend": _attend,
     "attend_packed": _attend_packed,
+    "float_linear": _float_linear,
     "gated_int_linear": _gated_int_linear,
     "int_linear": _int_linear,
+    "norm_int_linear": _norm_int_linear,
     "norm_quantize": _norm_quantize,
     "pack_weight": _pack_weight,
     "quantize_activation": _quantize_activation,

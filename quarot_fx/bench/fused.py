@@ -74,18 +74,18 @@ def _kernels(width: int, rows: int) -> dict[str, tuple[Callable[[Tensor], Any], 
         return rope_rotate(by_head(pair[0]), angles, angles, rotation)
 
     def keys(pair: Tensor) -> None:
-        append(*cache, by_head(pair[0]), position, angles, angles, rotation, 4, None, 0.95)
+        append(*cache, by_head(pair[0]), position, angles, angles, None, rotation, 4, None, 0.95)
 
     def values(pair: Tensor) -> None:
-        append(*cache, by_head(pair[0]), position, None, None, None, 4, None, 0.95)
+        append(*cache, by_head(pair[0]), position, None, None, None, None, 4, None, 0.95)
 
     def keys_and_values(pair: Tensor) -> None:
         k, v = by_head(pair[0]), by_head(pair[1])
         of_both = (4, 4, None, None, 0.95, 0.95)
-        append_pair(*cache, *other, k, v, position, angles, angles, rotation, None, *of_both)
+        append_pair(*cache, *other, k, v, position, angles, angles, None, None, rotation, None, *of_both)
 
     def values_of_prompt(pair: Tensor) -> Tensor:
-        return append_dequantize(*cache, by_head(pair[0]), position, None, None, None, 4, None, 0.95)
+        return append_dequantize(*cache, by_head(pair[0]), position, None, None, None, None, 4, None, 0.95)
 
     def across_heads(pair: Tensor) -> Any:
         return rotate_quantize(pair[0], None, "identity", f"hadamard-{heads}", HEAD, *SCHEME)

@@ -43,20 +43,22 @@ class QuantizedFormat:
         group: elements that share a scale, a divisor of d; ``None`` means d.
         clip: ratio in (0, 1] of the range that the codes cover.
         rotation: ``"hadamard"``, or ``"none"`` to code x itself.
+        balance: matrices that x is multiplied by before, by name.
     """
 
     bits: int
     group: int | None = None
     clip: float = 0.95
     rotation: str = "hadamard"
+    balance: str | None = None
 
     def quantize(self, x: Tensor) -> Parts:
         """Return codes uint8 [..., d], scale float32 and zero uint8 [..., d / group]."""
-        return ops.quantize_asymmetric(self._rotate(x), self.bits, self.group, self.clip)
+        return ops.quantize_asymmetric(self._rotate(self._balance(x)), self.bits, self.group, self.clip)
 
     def dequantize(self, quantized: Parts, dtype: torch.dtype) -> Tensor:
         """Return x, rounded, [..., d]."""
-        return self._rotate(ops.dequantize(*quantized, dtype), inverse=True)
+        return self._balance(self._rotate(ops.dequantize(*quantized, dtype), inverse=True), inverse=True)
 
     def pack(self, quantized: Parts) -> Parts:
         """Pack the codes to uint8 [..., ceil(d * bits / 8)]."""
@@ -67,6 +69,9 @@ class QuantizedFormat:
         """Return codes uint8 [..., size], scale and zero."""
         codes, scale, zero = packed
         return ops.unpack(codes, self.bits, size, False), scale, zero
+
+    def _balance(self, x: Tensor, inverse: bool = False) -> Tensor:
+        return x if self.balance is None else ops.balance(x, self.balance, inverse)
 
     def _rotate(self, x: Tensor, inverse: bool = False) -> Tensor:
         if self.rotation == "none":

@@ -31,7 +31,8 @@ def generation_cache(model: Any, max_cache_len: int | None = None, batch_size: i
         max_cache_len: number of tokens to make room for; ``None`` makes room as tokens come.
         batch_size: number of sequences; beams and returned sequences count.
         options: ``k_bits=4``, ``v_bits=4``, ``kv_bits=None`` (both), ``group=None`` (head_dim),
-            ``k_clip``, ``v_clip`` (0.95 up to 5 bits, else 1), ``clip=None`` (both), ``rotation="hadamard"``.
+            ``k_clip``, ``v_clip`` (0.95 up to 5 bits, else 1), ``clip=None`` (both), ``rotation="hadamard"``,
+            ``key_balance=None``.
 
     Raises:
         OptionError: an option has a value that it cannot have.

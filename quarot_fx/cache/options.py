@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+from quarot_fx.balance import KeyBalances
 from quarot_fx.cache.formats import Format, PlainFormat, QuantizedFormat
-from quarot_fx.config import UNQUANTIZED_BITS, QuarotConfig, check_bits, check_clip, check_group, default_clip
+from quarot_fx.config import SEARCH, UNQUANTIZED_BITS, QuarotConfig, check_bits, check_clip, check_group, default_clip
 from quarot_fx.errors import OptionError
 from quarot_fx.option_checks import check_choice, from_mapping
 
@@ -26,6 +28,7 @@ class CacheOptions:
             :data:`~quarot_fx.config.DEFAULT_CLIPS` for the bits.
         clip: sets both.
         rotation: ``"hadamard"``, or ``"none"``.
+        key_balance: :class:`~quarot_fx.KeyBalances` of the model, their name, or a folder of them.
 
     Raises:
         OptionError: a value is out of range.
@@ -40,6 +43,7 @@ class CacheOptions:
     v_clip: float = None  # type: ignore[assignment]
     clip: float | None = None
     rotation: str = "hadamard"
+    key_balance: KeyBalances | Path | str | None = None
 
     def __post_init__(self) -> None:
         for name in ("k_bits", "v_bits", "kv_bits"):
@@ -56,6 +60,12 @@ class CacheOptions:
             if clip is not None or name != "clip":
                 check_clip(name, clip)
         check_choice("rotation", self.rotation, ROTATIONS)
+        if self.key_balance == SEARCH:
+            raise OptionError(
+                name="key_balance", value=SEARCH, reason="must be a set of balances: calibration finds one"
+            )
+        if self.key_balance is not None:
+            object.__setattr__(self, "key_balance", KeyBalances.known(self.key_balance).name)
 
     @classmethod
     def from_mapping(cls, options: Mapping[str, Any]) -> CacheOptions:
@@ -84,16 +94,31 @@ class CacheOptions:
             k_clip=config.k_clip,  # type: ignore[arg-type]  # a ratio, or refused
             v_clip=config.v_clip,  # type: ignore[arg-type]
             rotation=rotation,
+            key_balance=config.key_balance,
         )
 
-    def formats(self) -> tuple[Format, Format]:
-        """Return the formats of keys and of values."""
+    def balances(self, layers: int) -> tuple[str | None, ...]:
+        """Return how the keys of so many layers are balanced, by name.
+
+        Raises:
+            OptionError: the balances are those of a model with another number of layers.
+        """
+        if self.key_balance is None:
+            return (None,) * layers
+        found = KeyBalances.known(self.key_balance)
+        if len(found) != layers:
+            reason = f"has balances of {len(found)} layers, and the cache stores keys of {layers}"
+            raise OptionError(name="key_balance", value=self.key_balance, reason=reason)
+        return tuple(one.balance for one in found)
+
+    def formats(self, balance: str | None = None) -> tuple[Format, Format]:
+        """Return the formats of keys, balanced by matrices if any are named, and of values."""
         return (
-            self._format(self.kv_bits or self.k_bits, self.clip or self.k_clip),
+            self._format(self.kv_bits or self.k_bits, self.clip or self.k_clip, balance),
             self._format(self.kv_bits or self.v_bits, self.clip or self.v_clip),
         )
 
-    def _format(self, bits: int, clip: float) -> Format:
+    def _format(self, bits: int, clip: float, balance: str | None = None) -> Format:
         if bits == UNQUANTIZED_BITS:
             return PlainFormat()
-        return QuantizedFormat(bits, self.group, clip, self.rotation)
+        return QuantizedFormat(bits, self.group, clip, self.rotation, balance)

@@ -15,6 +15,7 @@ from transformers.cache_utils import (
     LinearAttentionCacheLayerMixin,
 )
 
+from quarot_fx.cache.formats import Format
 from quarot_fx.cache.growing import GrowingLayer
 from quarot_fx.cache.layer import PackedLayer
 from quarot_fx.cache.options import CacheOptions
@@ -24,6 +25,7 @@ from quarot_fx.cache.static import StaticLayer
 from quarot_fx.errors import CacheModelError, OptionError
 
 OWN_CACHE = "Let the model make its own cache"
+PACKED = (DynamicLayer, DynamicSlidingWindowLayer)  # in whose place ours stand
 
 
 class QuarotCache(Cache):
@@ -39,7 +41,7 @@ class QuarotCache(Cache):
             graphs and CUDA graphs need. ``None`` makes room as tokens come.
         options: those of :class:`CacheOptions`: ``k_bits=4``, ``v_bits=4``, ``kv_bits=None`` (both), ``group=None``
             (head_dim), ``k_clip``, ``v_clip`` (0.95 up to 5 bits, else 1), ``clip=None`` (both),
-            ``rotation="hadamard"``.
+            ``rotation="hadamard"``, ``key_balance=None``.
 
     Raises:
         OptionError: an option has a value that it cannot have.
@@ -110,18 +112,21 @@ def _layers(config: PretrainedConfig, max_cache_len: int | None, options: CacheO
         reason = f"transformers itself makes none of this kind for it: {error!r}"
         raise CacheModelError(what=f"a {config.model_type!r} model", reason=reason, remedy=OWN_CACHE) from error
     layers: list[Any] = []
+    balances = iter(options.balances(sum(type(layer) in PACKED for layer in growing)))
     for index, layer in enumerate(growing):
-        if type(layer) in (DynamicLayer, DynamicSlidingWindowLayer):
+        if type(layer) in PACKED:
             window = getattr(layer, "sliding_window", None)
-            layers.append(_packed_layer(f"layer {index}", window, max_cache_len, options))
+            formats = options.formats(next(balances))
+            layers.append(_packed_layer(f"layer {index}", window, max_cache_len, formats))
         else:
             layers.append(layer if static is None else static[index])
     _check_serves(config, layers, is_static=static is not None)
     return layers
 
 
-def _packed_layer(where: str, window: int | None, max_cache_len: int | None, options: CacheOptions) -> PackedLayer:
-    formats = options.formats()
+def _packed_layer(
+    where: str, window: int | None, max_cache_len: int | None, formats: tuple[Format, Format]
+) -> PackedLayer:
     if max_cache_len is None:
         return GrowingLayer(*formats, where) if window is None else GrowingSlidingLayer(*formats, where, window)
     if window is None or max_cache_len <= window:

@@ -18,13 +18,14 @@ from quarot_fx.calibration.cache_clips import search_cache_clip, use_cache_clip
 from quarot_fx.calibration.calibrated import forget, remember
 from quarot_fx.calibration.data import Data, calibration_tokens
 from quarot_fx.calibration.inputs import LayerInputs
+from quarot_fx.calibration.key_balance import find_key_balances
 from quarot_fx.calibration.options import GPTQOptions
 from quarot_fx.calibration.products import Product, shared_inputs
 from quarot_fx.calibration.programs import Programs, capture_programs, device_of
-from quarot_fx.calibration.report import CalibratedCaches, Calibration, ChosenBits
+from quarot_fx.calibration.report import BalancedKeys, CalibratedCaches, Calibration, ChosenBits
 from quarot_fx.calibration.rounding import round_weights
 from quarot_fx.calibration.state import CalibrationState, Step
-from quarot_fx.config import SEARCHED_CLIPS, QuarotConfig
+from quarot_fx.config import SEARCH, SEARCHED_CLIPS, QuarotConfig
 from quarot_fx.errors import NothingToCalibrateError
 from quarot_fx.passes.quantize_activations import QuantizeActivations
 from quarot_fx.passes.quantize_caches import QuantizeCaches
@@ -74,7 +75,7 @@ def calibrate(
         bits_choices: the widths that there are to choose from.
         options: fields of :class:`~quarot_fx.config.QuarotConfig`; ``w_rounding`` is ``"gptq"`` unless given.
             Clip ratios are searched for where ``w_clip`` or ``a_clip`` is ``"output"``, and where ``k_clip`` or
-            ``v_clip`` is ``"search"``.
+            ``v_clip`` is ``"search"``; keys are balanced where ``key_balance`` is.
 
     Returns:
         What became of every weight and every input; ``print`` shows it. ``calibration.options`` is for the backend.
@@ -96,8 +97,12 @@ def calibrate(
     budget = None if bits_budget is None else Budget(bits_budget, tuple(bits_choices))
     tokens = calibration_tokens(data, tokenizer, samples, length, config.seed).to(device_of(model))
     without = () if how.quantized_inputs else OF_ACTIVATIONS
-    programs = capture_programs(model, tokens[:1], config, without)
     saved = None if state is None else CalibrationState(state, _settings(config, how, tokens, budget))
+    keys: tuple[BalancedKeys, ...] = ()
+    if config.key_balance == SEARCH:
+        balances, keys = find_key_balances(model, tokens, offload)
+        config = config.with_options({"key_balance": balances})
+    programs = capture_programs(model, tokens[:1], config, without)
     once: Once = _without_state if saved is None else saved.once
     bits: tuple[ChosenBits, ...] = ()
     if budget is not None:
@@ -111,7 +116,7 @@ def calibrate(
             use_cache_clip(programs, caches[-1])
             config = config.with_options({f"{kind[0]}_clip": caches[-1].clip})
     groups = shared_inputs(programs.quantized.graph, programs.searched)
-    if not groups and not caches and not bits:
+    if not groups and not caches and not keys and not bits:
         raise NothingToCalibrateError
     found = _calibrate_groups(groups, LayerInputs(programs, tokens, groups, how, offload), how, saved)
     clipped = [one for step in found for one in step.inputs]
@@ -121,6 +126,7 @@ def calibrate(
         weights=tuple(weight for step in found for weight in step.weights),
         inputs=tuple(clipped),
         caches=tuple(caches),
+        keys=keys,
         bits=bits,
         gptq=how,
         sequences=len(tokens),

@@ -81,6 +81,19 @@ class CalibratedCaches:
 
 
 @dataclass(frozen=True)
+class BalancedKeys:
+    """How well the keys of one layer are balanced.
+
+    Attributes:
+        where: the attention in the user's model.
+        noise: of scores that is to be expected by quantising keys, against that without balancing, the mean of heads.
+    """
+
+    where: str
+    noise: float
+
+
+@dataclass(frozen=True)
 class BitsChoice:
     """What a number of bits for some layers costs.
 
@@ -128,6 +141,7 @@ class Calibration(Printed):
         weights: in the order in which they were rounded.
         inputs: whose clip ratios were searched for.
         caches: likewise.
+        keys: of layers whose keys are balanced, if they are.
         bits: of layers that share a budget, if there was one.
         gptq: options of GPTQ.
         sequences, length: of the calibration data.
@@ -138,6 +152,7 @@ class Calibration(Printed):
     weights: tuple[CalibratedWeight, ...]
     inputs: tuple[CalibratedInput, ...]
     caches: tuple[CalibratedCaches, ...]
+    keys: tuple[BalancedKeys, ...]
     bits: tuple[ChosenBits, ...]
     gptq: GPTQOptions
     sequences: int
@@ -174,6 +189,8 @@ class Calibration(Printed):
             parts.append(self._table_of_weights())
         if self.inputs or self.caches:
             parts.append(self._table_of_clips())
+        if self.keys:
+            parts.append(self._table_of_balances())
         if self.unseen:
             parts.append(f"no token reached these, which are rounded to nearest: {_names(self.unseen)}")
         if self.underdetermined:
@@ -208,6 +225,12 @@ class Calibration(Printed):
         for one in self.caches:
             errors = f"{one.error:.4f}", f"{one.unclipped_error:.4f}"
             table.add_row(f"attention, {one.kind}s: of themselves", "all", f"{one.clip:,}", *errors)
+        return table
+
+    def _table_of_balances(self) -> Table:
+        table = _table("keys balanced on calibration data", "attention", "noise of scores, against that without")
+        for name, found in _alike(self.keys, lambda one: one.where).items():
+            table.add_row(name, str(len(found)), _mean([one.noise for one in found]))
         return table
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from quarot_fx.checkpoint.balances import read_balances
 from quarot_fx.checkpoint.learned import read_learned
 from quarot_fx.checkpoint.manifest import DTYPES, Codes, Manifest, ModelTensor, Value
 from quarot_fx.checkpoint.saved import SavedValues, remember
@@ -147,6 +148,7 @@ def config_of(manifest: Manifest, reader: ShardReader, folder: str, options: Map
         CheckpointFormatError: its own options are none.
     """
     read_learned(manifest, reader, folder)
+    read_balances(manifest, reader, folder)
     try:
         of_weights = {name: value for name, value in manifest.options.items() if name not in OF_THE_RUN}
         made_with = QuarotConfig.from_options(of_weights)

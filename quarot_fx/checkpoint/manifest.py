@@ -130,6 +130,21 @@ class Learned:
 
 
 @dataclass(frozen=True)
+class Balanced:
+    """How the keys of a layer are balanced.
+
+    Attributes:
+        where: the attention in the model.
+        balance: name of the matrices.
+        tensor: the matrices, float64 [heads, size, size], in a shard.
+    """
+
+    where: str
+    balance: str
+    tensor: str
+
+
+@dataclass(frozen=True)
 class Manifest:
     """A checkpoint.
 
@@ -143,6 +158,7 @@ class Manifest:
         tied: other names of these -> the name that they have in ``model``.
         values, codes: constants.
         learned: the rotations that the options name, if they were learned.
+        balances: of keys, that the options name, if they do.
         tensors: all that is stored, by name.
         shards: by the name of the file.
     """
@@ -157,6 +173,7 @@ class Manifest:
     values: tuple[Value, ...]
     codes: tuple[Codes, ...]
     learned: tuple[Learned, ...] = ()
+    balances: tuple[Balanced, ...] = ()
     tensors: Mapping[str, TensorInfo] = field(default_factory=dict)
     shards: Mapping[str, Shard] = field(default_factory=dict)
 
@@ -211,6 +228,9 @@ class _Reader:
             values=tuple(self._value(one, tensors) for one in self._get(data, "values", list)),
             codes=tuple(self._codes(one, tensors) for one in self._get(data, "codes", list)),
             learned=tuple(self._learned(one, tensors) for one in self._get({"learned": [], **data}, "learned", list)),
+            balances=tuple(
+                self._balanced(one, tensors) for one in self._get({"balances": [], **data}, "balances", list)
+            ),
             tensors=tensors,
             shards=shards,
         )
@@ -267,6 +287,12 @@ class _Reader:
         order = tensors[one.tensor].shape[:1]
         self._check_layout(one.tensor, tensors, "F64", (*order, *order))
         return one
+
+    def _balanced(self, data: Any, tensors: Mapping[str, TensorInfo]) -> Balanced:
+        tensor = self._known(self._get(data, "tensor", str), tensors)
+        heads, size = (*tensors[tensor].shape[:2], 0, 0)[:2]
+        self._check_layout(tensor, tensors, "F64", (heads, size, size))
+        return Balanced(self._get(data, "where", str), self._get(data, "balance", str), tensor)
 
     def _check_layout(self, name: str, tensors: Mapping[str, TensorInfo], dtype: str, shape: tuple[int, ...]) -> None:
         found = tensors[name]

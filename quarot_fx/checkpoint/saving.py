@@ -17,6 +17,7 @@ from torch import fx
 import quarot_fx
 from quarot_fx.binding import compiled_graphs
 from quarot_fx.capture import Captured
+from quarot_fx.checkpoint.balances import write_balances
 from quarot_fx.checkpoint.learned import write_learned
 from quarot_fx.checkpoint.manifest import DTYPE_NAMES, Codes, Manifest, ModelTensor, Value
 from quarot_fx.checkpoint.saved import origin_of
@@ -81,7 +82,7 @@ def save(
     held = names.unconsumed(constants)
     stored = {name: writer.add(name, names.tensors[name]) for name in held}
     values, codes = constants.write(writer, free_originals, held)
-    learned = write_learned(config, writer)
+    learned, balances = write_learned(config, writer), write_balances(config, writer)
     writer.finish()
     manifest = Manifest(
         versions=_versions(),
@@ -97,6 +98,7 @@ def save(
         values=tuple(values),
         codes=tuple(codes),
         learned=learned,
+        balances=balances,
         tensors=writer.tensors,
         shards=writer.shards,
     )

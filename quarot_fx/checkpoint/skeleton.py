@@ -83,7 +83,7 @@ def write_configs(model: torch.nn.Module, config: QuarotConfig, folder: Path) ->
     if description is None:
         return
     # Matrices are in the shards, and transformers makes a config of these options before it knows where those are.
-    options = replace(config.of_weights(), learned_rotations=None).as_options()
+    options = replace(config.of_weights(), learned_rotations=None, key_balance=None).as_options()
     written = {
         **description["config"],
         "architectures": [description["class"]],

@@ -68,6 +68,9 @@ class CalibrationWindows:
         return {"calibration": {"text": self.name, **counts}}
 
 
+MATRICES = ("learned_rotations", "key_balance")  # options that are names of what only this process knows
+
+
 @dataclass(frozen=True)
 class Prepared:
     """A setting with the options that were found, and reports of how."""
@@ -79,7 +82,7 @@ class Prepared:
 
     def results(self) -> dict[str, Any]:
         """Return what was found, but for matrices and single weights, as JSON-able data."""
-        options = {name: value for name, value in (self.setting.options or {}).items() if name != "learned_rotations"}
+        options = {name: value for name, value in (self.setting.options or {}).items() if name not in MATRICES}
         results: dict[str, Any] = {"options": options}
         if (learned := self.learned) is not None:
             results |= {"learning": learned.options, "learning_seconds": learned.seconds, "losses": learned.losses}
@@ -87,7 +90,7 @@ class Prepared:
             results |= {"gptq": asdict(report.gptq), "calibration_seconds": report.seconds}
             if report.bits:
                 results |= {"bits_per_weight": report.bits_per_weight, "bits": [asdict(one) for one in report.bits]}
-            for name in ("inputs", "caches"):
+            for name in ("inputs", "caches", "keys"):
                 if found := getattr(report, name):
                     results[name] = [asdict(one) for one in found]
         if (tuned := self.tuned) is not None:

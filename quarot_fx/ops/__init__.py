@@ -5,13 +5,16 @@ from quarot_fx.ops.append_dequantize import append_dequantize
 from quarot_fx.ops.append_pair import append_pair
 from quarot_fx.ops.attend import attend
 from quarot_fx.ops.attend_packed import attend_packed
+from quarot_fx.ops.balance import balance
 from quarot_fx.ops.declaration import DECLARATIONS, OpDeclaration, Provider, declaration_of, declare
 from quarot_fx.ops.dequantize import dequantize
 from quarot_fx.ops.expert_linear import expert_linear
+from quarot_fx.ops.float_linear import float_linear
 from quarot_fx.ops.gated_int_linear import gated_int_linear
 from quarot_fx.ops.int_linear import int_linear
 from quarot_fx.ops.interleave_rows import interleave_rows
 from quarot_fx.ops.mean_square import mean_square
+from quarot_fx.ops.norm_int_linear import norm_int_linear
 from quarot_fx.ops.norm_quantize import norm_quantize
 from quarot_fx.ops.pack import pack
 from quarot_fx.ops.pack_weight import pack_weight
@@ -34,14 +37,17 @@ __all__ = [
     "append_pair",
     "attend",
     "attend_packed",
+    "balance",
     "declaration_of",
     "declare",
     "dequantize",
     "expert_linear",
+    "float_linear",
     "gated_int_linear",
     "int_linear",
     "interleave_rows",
     "mean_square",
+    "norm_int_linear",
     "norm_quantize",
     "pack",
     "pack_weight",

@@ -26,6 +26,8 @@ def arguments_of_each(
     position: Tensor,
     cos: Tensor | None,
     sin: Tensor | None,
+    k_balance: str | None,
+    v_balance: str | None,
     k_rotation: str | None,
     v_rotation: str | None,
     k_bits: int,
@@ -36,8 +38,8 @@ def arguments_of_each(
     v_clip: float,
 ) -> tuple[Arguments, Arguments]:
     """Return the arguments of ``quarot::append`` for keys, which cos and sin embed, and for values."""
-    keys = (k_codes, k_scale, k_zero, k, position, cos, sin, k_rotation, k_bits, k_group, k_clip)
-    values = (v_codes, v_scale, v_zero, v, position, None, None, v_rotation, v_bits, v_group, v_clip)
+    keys = (k_codes, k_scale, k_zero, k, position, cos, sin, k_balance, k_rotation, k_bits, k_group, k_clip)
+    values = (v_codes, v_scale, v_zero, v, position, None, None, v_balance, v_rotation, v_bits, v_group, v_clip)
     return keys, values
 
 
@@ -72,8 +74,8 @@ append_pair = declare(
     OpDeclaration(
         schema="append_pair(Tensor(a!) k_codes, Tensor(b!) k_scale, Tensor(c!) k_zero, Tensor(d!) v_codes, "
         "Tensor(e!) v_scale, Tensor(f!) v_zero, Tensor k, Tensor v, Tensor position, Tensor? cos, Tensor? sin, "
-        "str? k_rotation, str? v_rotation, int k_bits, int v_bits, int? k_group, int? v_group, float k_clip, "
-        "float v_clip) -> ()",
+        "str? k_balance, str? v_balance, str? k_rotation, str? v_rotation, int k_bits, int v_bits, int? k_group, "
+        "int? v_group, float k_clip, float v_clip) -> ()",
         reference=_reference,
         fake=_fake,
         inputs=_inputs,

@@ -1,4 +1,4 @@
-"""``quarot::rope_rotate``: the rotary embedding of queries or keys, and a change of basis of each head after it."""
+"""``quarot::rope_rotate``: the rotary embedding of queries or keys, and what is done to each head after it."""
 
 from __future__ import annotations
 
@@ -8,9 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from quarot_fx.ops.balance import balance_rotate, check_fits, random_balance
 from quarot_fx.ops.declaration import HALF_TOLERANCE, OpDeclaration, declare
-from quarot_fx.ops.rotate import rotate
-from quarot_fx.rotation import Rotation
 
 
 def embed(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -20,17 +19,22 @@ def embed(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return (x.float() * cos.float()[:, None] + turned * sin.float()[:, None]).to(x.dtype)
 
 
-def _reference(x: Tensor, cos: Tensor, sin: Tensor, rotation: str) -> Tensor:
+def _reference(
+    x: Tensor, cos: Tensor, sin: Tensor, rotation: str, balance: str | None = None, inverse: bool = False
+) -> Tensor:
     """Return ``rotate(x * cos + half_turn(x) * sin, rotation)`` with ``half_turn([a, b]) = [-b, a]``.
 
     x is [batch, heads, tokens, head size], of any strides; cos and sin are [batch or 1, tokens, head size]. The
     embedding is computed in float32 and rounded to the dtype of x, and so is its rotation; the result is contiguous.
+    With a balance each head is balanced, or with ``inverse`` brought back, before it is rotated.
     """
-    return rotate(embed(x, cos, sin), rotation)
+    return balance_rotate(embed(x, cos, sin), balance, inverse, rotation)
 
 
-def _fake(x: Tensor, cos: Tensor, sin: Tensor, rotation: str) -> Tensor:
-    Rotation.parse(rotation).check_fits(x)
+def _fake(
+    x: Tensor, cos: Tensor, sin: Tensor, rotation: str, balance: str | None = None, inverse: bool = False
+) -> Tensor:
+    check_fits(x, balance, rotation)
     return x.new_empty(x.shape)
 
 
@@ -43,15 +47,21 @@ def _inputs(generator: torch.Generator) -> Iterator[tuple[Any, ...]]:
         ):
             x = torch.randn(batch, tokens, heads, size, generator=generator).to(dtype)
             angle = torch.rand(1, tokens, size // 2, generator=generator).repeat(1, 1, 2)
-            yield x.transpose(1, 2), angle.cos().to(dtype), angle.sin().to(dtype), rotation
+            embedded = x.transpose(1, 2), angle.cos().to(dtype), angle.sin().to(dtype), rotation
+            yield embedded
+            yield *embedded, random_balance(heads, size, generator)
+            yield *embedded, random_balance(1, size, generator), True
     angles = torch.rand(2, 3, 32, generator=generator)
-    yield torch.randn(2, 4, 3, 32, generator=generator), angles.cos(), angles.sin(), "hadamard-16"
+    x = torch.randn(2, 4, 3, 32, generator=generator)
+    yield x, angles.cos(), angles.sin(), "hadamard-16"
+    yield x, angles.cos(), angles.sin(), "hadamard-16", random_balance(2, 32, generator), True  # two heads each
     yield torch.zeros(1, 2, 0, 32), torch.zeros(1, 0, 32), torch.zeros(1, 0, 32), "hadamard-32"
 
 
 rope_rotate = declare(
     OpDeclaration(
-        schema="rope_rotate(Tensor x, Tensor cos, Tensor sin, str rotation) -> Tensor",
+        schema="rope_rotate(Tensor x, Tensor cos, Tensor sin, str rotation, str? balance=None, bool inverse=False) "
+        "-> Tensor",
         reference=_reference,
         fake=_fake,
         inputs=_inputs,

@@ -52,6 +52,17 @@ def rotate(op: Operator) -> None:
         op.pin(turned.axis(dim), "is a transform of a part of this axis that is in the graph already")
 
 
+@rule(quarot.balance.default)
+def balance(op: Operator) -> None:
+    """Each head times a matrix of its own, which knows its channels in no other basis."""
+    x, y = op["x"], op.result
+    for axis, result in zip(x.axes(), y.axes(), strict=True):
+        if axis.dim in (x.ndim - 3, x.ndim - 1):
+            op.pin([axis, result], "multiplies each head by a matrix of its own")
+        else:
+            op.tie(axis, result)
+
+
 @rule(quarot.quantize_asymmetric.default, quarot.quantize_symmetric.default)
 def quantization(op: Operator) -> None:
     """Codes stand for numbers in the basis in which they were rounded."""
