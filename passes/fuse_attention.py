@@ -15,7 +15,7 @@ from quarot_fx.graph import Inserter, module_path, value
 from quarot_fx.passes.base import Pass
 from quarot_fx.passes.fusion import insert_fused
 from quarot_fx.passes.matching import number
-from quarot_fx.passes.repeated_heads import without_repetition
+from quarot_fx.passes.repeated_heads import before_repetition
 from quarot_fx.program import Program
 from quarot_fx.report import PassReport
 
@@ -41,7 +41,7 @@ class FuseAttention(Pass):
                 mask = mask.args[0]
             insert = Inserter(program.graph, self.name, node)
             with program.graph.inserting_before(node):
-                once = [without_repetition(insert, heads) for heads in (key, val)]
+                once = [before_repetition(insert, heads) for heads in (key, val)]
                 if equal_sizes(*(value(heads).shape[1:2] for heads in once)):
                     key, val = once
                 fused = insert_fused(

@@ -15,7 +15,7 @@ aten = torch.ops.aten
 EXPANSIONS = (aten.expand.default, aten.repeat.default)  # which do the same to an axis of one element
 
 
-def without_repetition(insert: Inserter, repeated: fx.Node) -> fx.Node:
+def before_repetition(insert: Inserter, repeated: fx.Node) -> fx.Node:
     """Return keys or values [..., heads, tokens, size] with every head once, or as they are if none is repeated.
 
     Heads may be repeated before axes are moved to where attention wants them: they are then moved without.

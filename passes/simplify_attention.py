@@ -14,7 +14,7 @@ from quarot_fx.aliasing import argument
 from quarot_fx.compile_time import SIZES, CompileTimeValues
 from quarot_fx.graph import Inserter, fake_mode_of, fake_result, module_path, value
 from quarot_fx.passes.base import Pass
-from quarot_fx.passes.repeated_heads import without_repetition
+from quarot_fx.passes.repeated_heads import before_repetition
 from quarot_fx.program import Program
 from quarot_fx.report import PassReport
 
@@ -61,7 +61,7 @@ class SimplifyAttention(Pass):
         repeated = [argument(node, "key"), argument(node, "value")]
         insert = Inserter(node.graph, self.name, node)
         with node.graph.inserting_before(node):
-            key, val = shared = [without_repetition(insert, heads) for heads in repeated]
+            key, val = shared = [before_repetition(insert, heads) for heads in repeated]
         if shared == repeated:
             return
         reason = _reason_to_repeat(node, key, val)
