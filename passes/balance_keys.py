@@ -9,21 +9,24 @@ from typing import ClassVar
 import torch
 from torch import fx
 
-from quarot_fx.aliasing import argument, equal_sizes
+from quarot_fx.aliasing import PERMUTATIONS, argument, inverse_permutation, packet
 from quarot_fx.attention import Read, reads_of_keys_and_values
 from quarot_fx.balance import KeyBalances
 from quarot_fx.config import SEARCH, UNQUANTIZED_BITS
 from quarot_fx.errors import KeyBalanceNotCalibratedError
-from quarot_fx.graph import Inserter, after, argument_nodes, is_tensor, module_path, replace_arguments, value
+from quarot_fx.graph import Inserter, after, argument_nodes, module_path, replace_arguments, value
 from quarot_fx.passes.base import Pass
+from quarot_fx.passes.matching import before_copies
 from quarot_fx.passes.repeated_heads import before_repetition
 from quarot_fx.program import Program
-from quarot_fx.quantized_reads import codes_of_cache
+from quarot_fx.quantized_reads import CacheCodes, codes_of_cache
 from quarot_fx.report import PassReport
 
 aten, quarot = torch.ops.aten, torch.ops.quarot
 AXES = 4  # batch, heads, tokens, size
-UNKNOWN = "heads are repeated in a way that is not known, or for other readers, too"
+HEADS, SIZE = 1, 3
+TRANSPOSED = [0, 1, 3, 2]
+NOT_MOVED = "all keys of the cache are brought back from their balance, since attention does not read them as they are"
 
 
 @dataclass(frozen=True)
@@ -33,17 +36,20 @@ class KeyRead:
     Attributes:
         attention: the product of queries and keys.
         keys: [batch, heads, tokens, size], each head once.
-        user, place: what reads them on the way to the attention, and where among its argument nodes.
-        query_place: of the queries [batch, heads n, tokens, size] among the attention's.
-        codes: whether a cache of the caller's holds them as codes.
+        repeats: how often in a row each head is repeated for the attention.
+        place: of the keys among the attention's argument nodes.
+        query_place: likewise, of the queries [batch, heads n, tokens, size].
+        is_transposed: the attention reads keys [batch, heads, size, tokens].
+        codes: how a cache of the caller's holds them, if as codes.
     """
 
     attention: fx.Node
     keys: fx.Node
-    user: fx.Node
+    repeats: int
     place: int
     query_place: int
-    codes: bool
+    is_transposed: bool
+    codes: CacheCodes | None
 
     @property
     def query(self) -> fx.Node:
@@ -66,10 +72,13 @@ class BalanceKeys(Pass):
         found = KeyBalances.known(self.config.key_balance) if is_asked else None
         if found is None and not program.graph.find_nodes(op="call_function", target=quarot.balance.default):
             return
-        for reads in reads_of_keys(program.graph, report if is_asked else None):
-            first = reads[0]
-            where = module_path(first.attention)
-            if first.codes:
+        layers, others = reads_of_keys(program.graph)
+        for read, reason in others:
+            if found is not None or _holds_balanced(codes_of_cache(read)):
+                report.decline(module_path(read.user), f"keys are not balanced: {reason}")
+        for reads in layers:
+            where = module_path(reads[0].attention)
+            if reads[0].codes is not None:
                 for read in reads:
                     self._move(read, report)
             elif found is not None:
@@ -85,86 +94,77 @@ class BalanceKeys(Pass):
         with keys.graph.inserting_before(after(keys)):
             balanced = insert.call(quarot.balance.default, keys, balance)
         for read in reads:
-            replace_arguments(read.user, {read.place: balanced})
-            self._balance_query(read, balance)
+            self._attend(read, balanced, balance)
             report.matched += 1
 
     def _move(self, read: KeyRead, report: PassReport) -> None:
         """Let queries pay for what a cache would do to all keys that it holds."""
         restored = read.keys
-        if restored.target is not quarot.balance.default or not argument(restored, "inverse"):
-            return
-        replace_arguments(read.user, {read.place: argument(restored, "x")})
-        self._balance_query(read, argument(restored, "balance"))
-        report.matched += 1
+        if restored.target is quarot.balance.default and argument(restored, "inverse"):
+            self._attend(read, argument(restored, "x"), argument(restored, "balance"))
+            report.matched += 1
+        elif _holds_balanced(read.codes):
+            report.decline(module_path(read.attention), NOT_MOVED)
 
-    def _balance_query(self, read: KeyRead, balance: str) -> None:
+    def _attend(self, read: KeyRead, balanced: fx.Node, balance: str) -> None:
+        """Let an attention read balanced keys, and queries that go with them."""
         insert = Inserter(read.attention.graph, self.name, read.attention)
         with read.attention.graph.inserting_before(read.attention):
             query = insert.call(quarot.balance.default, read.query, balance, True)
-        replace_arguments(read.attention, {read.query_place: query})
+            keys = balanced
+            if read.repeats > 1:
+                keys = insert.call(aten.repeat_interleave.self_int, keys, read.repeats, HEADS)
+            if read.is_transposed:
+                keys = insert.call(aten.transpose.int, keys, -2, -1)
+        replace_arguments(read.attention, {read.query_place: query, read.place: keys})
 
 
-def reads_of_keys(graph: fx.Graph, report: PassReport | None = None) -> list[list[KeyRead]]:
-    """Return the reads of all keys that can be balanced, those of the same keys together, in order.
+def reads_of_keys(graph: fx.Graph) -> tuple[list[list[KeyRead]], list[tuple[Read, str]]]:
+    """Return the reads of all keys that can be balanced, and the others.
 
     Args:
         graph: in which nothing is quantised but what a cache of codes holds.
-        report: takes the reasons why others cannot.
+
+    Returns:
+        those of the same keys together, in order; and other reads, each with the reason why its keys cannot be.
     """
     found: dict[fx.Node, list[KeyRead]] = defaultdict(list)
+    others = []
     for read in list(reads_of_keys_and_values(graph)):
         if read.kind == "key":
             one = _read_of(read)
             if isinstance(one, KeyRead):
                 found[one.keys].append(one)
-            elif report is not None:
-                report.decline(module_path(read.user), f"keys are not balanced: {one}")
-    return list(found.values())
+            else:
+                others.append((read, one))
+    return list(found.values()), others
 
 
 def _read_of(read: Read) -> KeyRead | str:
     """Return a read of keys, each head once, or why they are not found."""
-    user, place = read.user, read.place
-    if read.dim != -1:
-        if read.tensor.target is not aten.transpose.int or {d % AXES for d in read.tensor.args[1:3]} != {2, 3}:  # type: ignore[operator]
+    attention, repeated = read.user, read.tensor
+    is_transposed = read.dim != -1
+    if is_transposed:
+        if packet(repeated) not in PERMUTATIONS or inverse_permutation(repeated) != TRANSPOSED:
             return "axes are moved in another way than by a transpose before they are read"
-        user, place = read.tensor, 0
-    repeated = argument_nodes(user)[place]
-    if value(repeated).ndim != AXES:
-        return f"attention reads {value(repeated).ndim} axes, not batch, heads, tokens and size"
-    insert = Inserter(read.user.graph, BalanceKeys().name, read.user)
-    known = set(read.user.graph.nodes)
-    with read.user.graph.inserting_before(read.user):
-        once = before_repetition(insert, repeated)  # heads that follow each other share a query's group
-    axis = None
-    if once not in known and once.target is aten.squeeze.dim:  # the axis along which heads are repeated
-        source, axis = once.all_input_nodes[0], argument(once, "dim")
-        read.user.graph.erase_node(once)
-        once = source
-    while (source := argument_nodes(user)[place]) is not once or _is_unchanged(source) or value(source).ndim != AXES:
-        if source is once:
-            if source.target is aten.unsqueeze.default and argument(source, "dim") == axis:
-                axis = None
-            elif not _is_unchanged(source):
-                return UNKNOWN
-            once = source.all_input_nodes[0]
-        user, place = source, 0
-        if len(user.users) != 1 or not argument_nodes(user) or not is_tensor(argument_nodes(user)[0]):
-            return UNKNOWN
-    if axis is not None:
-        return UNKNOWN
-    keys = once
-    query_place = 0 if read.dim == -1 else read.place - 1
-    query = value(argument_nodes(read.user)[query_place])
-    heads, size = value(keys).shape[-3], value(keys).shape[-1]
-    if query.ndim != AXES or not all(isinstance(n, int) for n in (heads, size, query.shape[1])):
-        return "queries have other axes than batch, heads, tokens and size"
-    if query.shape[1] % heads or query.shape[-1] != size:
+        repeated = argument_nodes(repeated)[0]
+    query_place = read.place - 1
+    query = value(argument_nodes(attention)[query_place])
+    for kind, x in (("keys", value(repeated)), ("queries", query)):
+        if x.ndim != AXES:
+            return f"attention reads {kind} of {x.ndim} axes, not batch, heads, tokens and size"
+    insert = Inserter(attention.graph, BalanceKeys().name, attention)
+    with attention.graph.inserting_before(attention):
+        keys = before_copies(before_repetition(insert, repeated))
+    heads = [x.shape[HEADS] for x in (value(keys), value(repeated), query)]
+    sizes = [x.shape[SIZE] for x in (value(keys), query)]
+    if not all(isinstance(n, int) for n in (*heads, *sizes)):
+        return "numbers of heads, or their size, are known only at run time"
+    once, for_attention, of_queries = heads
+    if for_attention % once or of_queries % for_attention or sizes[0] != sizes[1]:
         return "queries and keys do not form groups"
-    return KeyRead(read.user, keys, user, place, query_place, codes_of_cache(read) is not None)
+    return KeyRead(attention, keys, for_attention // once, read.place, query_place, is_transposed, codes_of_cache(read))
 
 
-def _is_unchanged(node: fx.Node) -> bool:
-    """Whether a node is a slice of all that there is."""
-    return node.target is aten.slice.Tensor and equal_sizes(value(node).shape, value(node.all_input_nodes[0]).shape)
+def _holds_balanced(codes: CacheCodes | None) -> bool:
+    return codes is not None and codes.is_balanced

@@ -36,11 +36,13 @@ class CacheCodes:
     Attributes:
         bits: of a code; 16 if a part of what is read is not held as codes.
         is_rotated: keys or values themselves are held, in another basis.
+        is_balanced: they are held as balanced against queries, and brought back.
         written_by: the transforms of new tokens before they are quantised.
     """
 
     bits: int
     is_rotated: bool
+    is_balanced: bool
     written_by: tuple[fx.Node, ...]
 
 
@@ -58,7 +60,8 @@ def codes_of_cache(read: Read) -> CacheCodes | None:
                 written.update(dict.fromkeys(_transforms(_followed_back(argument_nodes(made)[0])[0])))
     most = max(bits) if bits and len(held) == len(origins) else UNQUANTIZED_BITS
     is_rotated = any(_transforms(passed)) and not any(node.target is aten.linear.default for node in passed)
-    return CacheCodes(most, is_rotated, tuple(written))
+    is_balanced = any(node.target is quarot.balance.default for node in passed)
+    return CacheCodes(most, is_rotated, is_balanced, tuple(written))
 
 
 def _followed_back(node: fx.Node) -> tuple[list[fx.Node], list[fx.Node]]:

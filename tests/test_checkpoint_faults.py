@@ -383,3 +383,52 @@ def test_a_learned_matrix_that_is_no_rotation(with_learned):
     forge(with_learned, shard, lambda shard: save_file(tensors, shard))
     with pytest.raises(CheckpointFormatError, match=r"is no rotation: .* differs from the identity"):
         load(with_learned)
+
+
+# -- balances of keys ------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def with_balances(tmp_path):
+    """A checkpoint whose keys are balanced."""
+    model = fill(Decoder())
+    found = quarot_fx.calibrate(model, torch.arange(24).view(2, 12) % 16, w_rounding="nearest", key_balance="search")
+    quarot_fx.save(model, tmp_path / "balanced", IDS, **found.options)
+    return tmp_path / "balanced"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda q: q.pop("balances"), "its options name the balances 'balances-.*', and it holds None"),
+        (lambda q: q["options"].update(key_balance="/etc"), "its options name the balances '/etc', and it holds"),
+        (lambda q: q["balances"][0].update(where="x"), "its options name the balances 'balances-.*', and it holds 'b"),
+        (lambda q: q["balances"][0].update(balance="balance-2x4-0"), "of balance-2x4-0 are those of balance-2x8-"),
+        (lambda q: q["balances"][0].update(tensor="none"), "'none' is named and not described"),
+        (lambda q: q["balances"][0].update(tensor=q["codes"][0]["packed"]), r"is U8 \[.*\] and has to be F64"),
+        (lambda q: q["balances"][0].update(where=1), "where is int, not str"),
+    ],
+)
+def test_balances_that_cannot_be(with_balances, change, message):
+    change_index(with_balances, change)
+    with pytest.raises(CheckpointFormatError, match=message):
+        load(with_balances)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"), [(lambda x: -x, "one is not positive definite"), (lambda x: 2 * x, "are those of balance-")]
+)
+def test_matrices_that_balance_nothing_or_otherwise(with_balances, change, message):
+    (shard,) = with_balances.glob("*.safetensors")
+    tensors = {name: change(one) if name.startswith("balance") else one for name, one in load_file(shard).items()}
+    forge(with_balances, shard, lambda shard: save_file(tensors, shard))
+    with pytest.raises(CheckpointFormatError, match=message):
+        load(with_balances)
+
+
+def test_matrices_that_are_missing(with_balances):
+    (shard,) = with_balances.glob("*.safetensors")
+    tensors = {name: one for name, one in load_file(shard).items() if not name.startswith("balance")}
+    forge(with_balances, shard, lambda shard: save_file(tensors, shard))
+    with pytest.raises(CorruptCheckpointError, match="has no balance-"):
+        load(with_balances)

@@ -120,6 +120,21 @@ def test_folder(tmp_path):
         KeyBalances.load(tmp_path)
 
 
+def test_balances_are_found_once(tmp_path, monkeypatch):
+    """A calibration that goes on has those that it began with, in another process, too."""
+    model = tiny_model("llama")
+    expected = found_for(model, state=tmp_path)
+    monkeypatch.setattr("quarot_fx.balance._KNOWN", {})
+    monkeypatch.setattr("quarot_fx.balance._GIVEN", {})
+    monkeypatch.setattr("quarot_fx.calibration.calibrate.find_key_balances", pytest.fail)
+    resumed = found_for(model, state=tmp_path)
+    assert resumed.options == expected.options
+    assert resumed.keys == expected.keys
+    (tmp_path / "key_balances.safetensors").unlink()
+    with pytest.raises(KeyBalancesFileError, match="cannot load"):
+        found_for(model, state=tmp_path)
+
+
 # -- graphs ----------------------------------------------------------------------------------------
 
 

@@ -6,6 +6,7 @@ import hashlib
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -100,7 +101,8 @@ def calibrate(
     saved = None if state is None else CalibrationState(state, _settings(config, how, tokens, budget))
     keys: tuple[BalancedKeys, ...] = ()
     if config.key_balance == SEARCH:
-        balances, keys = find_key_balances(model, tokens, offload)
+        find = partial(find_key_balances, model, tokens, offload)
+        balances, keys = find() if saved is None else saved.balances(find)
         config = config.with_options({"key_balance": balances})
     programs = capture_programs(model, tokens[:1], config, without)
     once: Once = _without_state if saved is None else saved.once

@@ -37,7 +37,7 @@ def find_key_balances(
     """
     programs = capture_programs(model, sequences[:1], AS_IT_IS)
     program = programs.rotated
-    layers = reads_of_keys(program.graph)
+    layers, _ = reads_of_keys(program.graph)  # compiling says why others cannot be balanced
     if not layers:
         raise NothingToCalibrateError
     wanted = [[reads[0].keys, *(read.query for read in reads)] for reads in layers]

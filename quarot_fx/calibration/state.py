@@ -14,8 +14,9 @@ from typing import Any
 
 from torch import fx
 
+from quarot_fx.balance import KeyBalances
 from quarot_fx.calibration.calibrated import PackedCodes
-from quarot_fx.calibration.report import CalibratedInput, CalibratedWeight
+from quarot_fx.calibration.report import BalancedKeys, CalibratedInput, CalibratedWeight
 from quarot_fx.errors import CalibrationStateError
 from quarot_fx.extras import import_extra
 from quarot_fx.files import write_text
@@ -76,6 +77,23 @@ class CalibrationState:
             self._answers[question] = answer()
             self._write()
         return self._answers[question]
+
+    def balances(
+        self, find: Callable[[], tuple[KeyBalances, tuple[BalancedKeys, ...]]]
+    ) -> tuple[KeyBalances, tuple[BalancedKeys, ...]]:
+        """Return how keys are balanced, as it was found the first time.
+
+        Raises:
+            KeyBalancesFileError: the matrices are no longer there.
+        """
+
+        def answer() -> list[dict[str, Any]]:
+            balances, keys = find()
+            balances.save(self._folder)
+            return [asdict(one) for one in keys]
+
+        keys = self.once("balances of keys", answer)
+        return KeyBalances.load(self._folder), tuple(BalancedKeys(**one) for one in keys)
 
     def load(self, step: int, weights: list[fx.Node]) -> Step:
         """Return what a step found.
