@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from quarot_fx.errors import OptionError, UnknownOptionError
-from quarot_fx.option_checks import check_choice, check_flag, from_mapping
+from quarot_fx.option_checks import check_choice, check_flag, check_integer, from_mapping
 
 if TYPE_CHECKING:
     from quarot_fx.balance import KeyBalances
@@ -182,8 +182,7 @@ class QuarotConfig:
             check_clip(name, getattr(self, name))
         for name in ("w_sym", "a_sym", "kv_sym", "check", "free_originals"):
             check_flag(name, getattr(self, name))
-        if not isinstance(self.seed, int) or isinstance(self.seed, bool) or self.seed < 0:
-            raise OptionError(name="seed", value=self.seed, reason="must be an integer, 0 or more")
+        check_integer("seed", self.seed, 0)
         check_choice("rotation", self.rotation, ROTATIONS)
         if self.rotation == "none" and self.learned_rotations is not None:
             reason = "rotates with rotation='none', which is to rotate nothing"

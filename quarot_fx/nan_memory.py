@@ -13,6 +13,8 @@ from functools import cache
 
 import torch
 
+from quarot_fx.devices import with_index
+
 _BYTE = 0xFF  # repeated, it is NaN in every floating-point dtype, of 8 to 64 bits
 
 _MEMORY: dict[torch.device, torch.Tensor] = {}
@@ -20,8 +22,7 @@ _MEMORY: dict[torch.device, torch.Tensor] = {}
 
 def nan_memory(size: int, device: torch.device) -> torch.Tensor:
     """Return uint8 [at least size], on a device, of which any floating-point view is NaN. All callers share it."""
-    if device.type == "cuda" and device.index is None:  # the driver wants a number, and tensors' devices have one
-        device = torch.device("cuda", torch.cuda.current_device())
+    device = with_index(device)
     memory = _MEMORY.get(device)
     if memory is None or memory.numel() < size:
         memory = _MEMORY[device] = _mapped(size, device)

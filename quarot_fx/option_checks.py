@@ -20,6 +20,12 @@ def from_mapping(options_class: type[Options], kind: str, options: Mapping[str, 
     return options_class(**(options or {}))
 
 
+def check_integer(name: str, value: Any, least: int) -> None:
+    """Raise an OptionError unless an option is an integer that is not too small."""
+    if not isinstance(value, int) or isinstance(value, bool) or value < least:
+        raise OptionError(name=name, value=value, reason=f"must be an integer, {least} or more")
+
+
 def check_flag(name: str, flag: Any) -> None:
     """Raise an OptionError unless an option is True or False."""
     if not isinstance(flag, bool):

@@ -11,9 +11,9 @@ from pathlib import Path
 from types import SimpleNamespace
 from xml.etree import ElementTree
 
+import commands
 import pytest
 import torch
-from typer.testing import CliRunner
 
 from quarot_fx.bench import peers
 from quarot_fx.bench.models import OPTIONS, Workload, compilers, measure_layers, measure_model, one_layer, random_cache
@@ -29,7 +29,6 @@ from quarot_fx.bench.record import (
 )
 from quarot_fx.bench.shapes import MODELS, DecoderShape, distinct_shapes
 from quarot_fx.bench.tables import speedups
-from quarot_fx.cli import app
 from quarot_fx.errors import NotFoundError, OptionError, UnknownOptionError
 
 MEASURED = Path(__file__).parents[1] / "docs" / "results" / "kernels-h100.json"
@@ -53,10 +52,7 @@ EXAMPLE = Record(
 )
 
 
-def run(*arguments, exit_code=0):
-    result = CliRunner(env={"COLUMNS": "200"}).invoke(app, ["bench", *map(str, arguments)])
-    assert result.exit_code == exit_code, result.output
-    return result.output
+run = partial(commands.run, "bench")
 
 
 # -- shapes ------------------------------------------------------------------------------------------

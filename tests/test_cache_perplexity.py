@@ -12,8 +12,8 @@ import json
 
 import pytest
 from caches import SimulatedCache
+from commands import run
 from models import smollm2
-from test_cli import run
 from trained import babyllama, stories
 
 from quarot_fx.cache.options import CacheOptions

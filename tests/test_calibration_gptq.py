@@ -246,7 +246,7 @@ def test_a_target_that_is_reached_changes_nothing():
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
-        ({"block_size": 0}, OptionError, "block_size=0: must be a positive integer"),
+        ({"block_size": 0}, OptionError, "block_size=0: must be an integer, 1 or more"),
         ({"sweeps": -1}, OptionError, "sweeps=-1: must be an integer, 0 or more"),
         ({"damping": -1}, OptionError, "damping=-1: must be a finite number"),
         ({"act_order": 1}, OptionError, "act_order=1: must be True or False"),

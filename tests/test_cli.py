@@ -10,6 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from commands import run
 from hypothesis import given
 from hypothesis import strategies as st
 from models import byte_tokenizer, save_tiny_model, tiny_model
@@ -32,12 +33,6 @@ from quarot_fx.progress import track
 from quarot_fx.text import read_text, split_windows
 
 BITS = st.sampled_from([2, 3, 4, 5, 6, 7, 8, 16])
-
-
-def run(*arguments, exit_code=0):
-    result = CliRunner(env={"COLUMNS": "200"}).invoke(app, [str(argument) for argument in arguments])
-    assert result.exit_code == exit_code, result.output
-    return result.output
 
 
 # -- settings ----------------------------------------------------------------------------------------

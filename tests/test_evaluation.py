@@ -6,8 +6,8 @@ import json
 import sys
 
 import pytest
+from commands import run
 from models import byte_tokenizer, tiny_model
-from test_cli import run
 
 from quarot_fx.cli.models import compile_model
 from quarot_fx.cli.settings import parse_setting

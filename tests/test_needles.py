@@ -8,8 +8,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from commands import run
 from models import byte_tokenizer, smollm2
-from test_cli import run
 
 from quarot_fx.cache.options import CacheOptions
 from quarot_fx.cli.chunks import InChunks

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 import torch
-from test_cli import run
+from commands import run
 
 import quarot_fx
 from quarot_fx.quantization_error import LayerSQNR, SQNRReport
@@ -23,11 +23,11 @@ def layer(name, channels, role=""):
 
 def test_of_inputs_that_are_alike_the_first_the_middle_and_the_last_are_drawn():
     pytest.importorskip("matplotlib")
-    from quarot_fx.cli.figures import shared_inputs
+    from quarot_fx.cli.figures import inputs_to_draw
 
     layers = [layer(f"layers.{i}.{name}", [i, channel]) for i in range(5) for name, channel in QKV_AND_DOWN]
     report = SQNRReport((*layers, layer("head", [9, 9], role="head")), ())
-    inputs = shared_inputs(report, report)
+    inputs = inputs_to_draw(report, report)
     assert [one.name for one in inputs] == [
         *(f"layers.{i}.q + 2" for i in (0, 2, 4)),
         *(f"layers.{i}.down" for i in (0, 2, 4)),

@@ -6,7 +6,7 @@ import json
 import sys
 
 import pytest
-from test_cli import run
+from commands import run
 
 from quarot_fx.cli.results import Results
 from quarot_fx.cli.tasks import average, headline

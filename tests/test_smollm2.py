@@ -18,9 +18,9 @@ from quarot_fx.text import read_text, split_windows
 
 @pytest.fixture(scope="module")
 def perplexity():
-    """Perplexity of a setting on a window of 256 tokens, each setting measured once."""
+    """Perplexity of a setting on two windows of 512 tokens, each setting measured once."""
     model, tokenizer = smollm2()
-    windows = split_windows(read_text("pydoc"), tokenizer, length=256, count=1)
+    windows = split_windows(read_text("pydoc"), tokenizer, length=512, count=2)
     known = {}
 
     def of(setting):

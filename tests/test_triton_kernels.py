@@ -20,10 +20,11 @@ from quarot_fx.ops import DECLARATIONS, OpDeclaration
 pytest.importorskip("triton", reason="kernels need Triton, which is there for Linux only")
 
 from quarot_fx.lowering import triton as kernels  # registers the provider
-from quarot_fx.lowering.triton import append_prompt, tiles
+from quarot_fx.lowering.triton import append_prompt, rotate_quantize_shared, tiles
 from quarot_fx.lowering.triton.appended import Appended
 from quarot_fx.lowering.triton.device import Device
 from quarot_fx.lowering.triton.rotation_matrices import split
+from quarot_fx.lowering.triton.stacked_slabs import StackedSlabs, stacked
 from quarot_fx.rotation import Rotation
 
 pytestmark = pytest.mark.kernels
@@ -127,6 +128,58 @@ def test_several_programs_make_of_a_row_what_one_makes(size: int, dtype: torch.d
     )
     for alone, together in zip(one, several, strict=True):
         assert torch.equal(alone.nan_to_num(7), together.nan_to_num(7))
+
+
+def rows_of_slabs(size: int, rows_more: int = 0) -> tuple[torch.Tensor, StackedSlabs]:
+    """Return rows that lie in shared memory while they are rotated, one for each program and some more."""
+    cut = split(Rotation.parse(f"hadamard-{size}"), size, 1, torch.bfloat16)
+    assert cut is not None
+    slabs = stacked(cut)
+    assert slabs is not None
+    rows = rotate_quantize_shared.programs_of(slabs, torch.device(DEVICE)) + rows_more
+    return torch.randn(rows, size, generator=torch.Generator().manual_seed(size)).bfloat16(), slabs
+
+
+@pytest.mark.parametrize(
+    ("size", "gated", "bits", "symmetric"),
+    [(8192, True, 4, True), (14336, False, 4, True), (14336, True, 3, False), (28672, True, 4, True)],
+)
+def test_rows_that_lie_in_shared_memory(size: int, gated: bool, bits: int, symmetric: bool) -> None:
+    x, slabs = rows_of_slabs(size, rows_more=1)
+    x[1, 5], x[3] = torch.nan, 0
+    args = (x, x.flip(0) if gated else None, "silu", f"hadamard-{size}", 1, bits, None, 0.9, symmetric, torch.int8)
+    arguments = on_device(args)
+    assert rotate_quantize_shared.takes(arguments[0], arguments[1], bits, torch.int8, 0.9, slabs)
+    declaration = DECLARATIONS["rotate_quantize"]
+    actual = [
+        result.cpu() for result in outcome(declaration, declaration.providers["triton"].implementation, arguments)
+    ]
+    has_nan = actual[1].isnan()[:, 0]
+    assert has_nan.nonzero().flatten().tolist() == ([1, len(x) - 2] if gated else [1])
+    assert (actual[0][has_nan] == (0 if symmetric else -(2 ** (bits - 1)))).all()
+    assert torch.equal(actual[3], actual[0].sum(-1, keepdim=True, dtype=torch.int32))
+    expected = outcome(declaration, declaration.reference, args)
+    for one, other in zip(actual, expected, strict=True):
+        check_agrees(
+            declaration, one[~has_nan] if len(one) else one, other[~has_nan] if len(other) else other, x.numel()
+        )
+
+
+@pytest.mark.parametrize(
+    ("size", "change", "is_taken"),
+    [
+        (8192, {}, True),
+        (8192, {"gate": None}, False),  # faster in registers
+        (14336, {"gate": None}, True),
+        (14336, {"bits": 8}, False),  # results are rounded to bfloat16 first
+        (14336, {"container": torch.float8_e4m3fn}, False),
+        (14336, {"x": torch.zeros(3, 14336, dtype=torch.bfloat16)}, False),  # most programs would have nothing to do
+    ],
+)
+def test_which_rows_lie_in_shared_memory(size: int, change: dict[str, Any], is_taken: bool) -> None:
+    x, slabs = rows_of_slabs(size)
+    args = {"x": x, "gate": x, "bits": 4, "container": torch.int8, "clip": 0.9, "slabs": slabs} | change
+    assert rotate_quantize_shared.takes(*on_device(tuple(args.values()))) == is_taken
 
 
 # -- attention -------------------------------------------------------------------------------------

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from quarot_fx.lowering.triton.rotation_matrices import LARGEST_TILE, SLAB_BITS, Split, matrices, split
+from quarot_fx.lowering.triton.stacked_slabs import stacked
 from quarot_fx.rotation import Rotation
 
 
@@ -85,3 +86,23 @@ def test_shared_memory_is_hardly_more_than_the_compiler_takes(dtype: torch.dtype
     cut = split(Rotation("hadamard", 28672), 28672, 1, dtype)
     assert cut is not None
     assert taken <= cut.shared_bytes(dtype, stages) <= 1.1 * taken
+
+
+@pytest.mark.parametrize(
+    ("order", "count", "together"), [(8192, 32, 1), (14336, 28, 2), (16384, 32, 2), (28672, 28, 4)]
+)
+def test_slabs_are_stacked_in_steps_that_are_nearly_full(order: int, count: int, together: int) -> None:
+    cut = split(Rotation("hadamard", order), order, 1, torch.bfloat16)
+    assert cut is not None
+    slabs = stacked(cut)
+    assert slabs is not None
+    assert (slabs.count, slabs.together) == (count, together)
+
+
+@pytest.mark.parametrize(
+    ("order", "size", "inner"), [(4096, 4096, 1), (5120, 5120, 1), (4096, 8192, 1), (64, 8192, 128)]
+)
+def test_other_rows_are_not_stacked(order: int, size: int, inner: int) -> None:
+    cut = split(Rotation("hadamard", order), size, inner, torch.bfloat16)
+    assert cut is not None
+    assert stacked(cut) is None

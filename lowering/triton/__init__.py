@@ -4,6 +4,8 @@ Importing this package imports neither Triton nor CUDA: ``<op>.py`` is imported 
 
 ``<op>``          launches the kernels of ``quarot::<op>``
 ``rotate_quantize_parts``  ``rotate_quantize`` of few long rows that have no slabs
+``rotate_quantize_shared``  ``rotate_quantize`` of many long rows
+``stacked_slabs``  how these lie in shared memory
 ``rotate_slabs``  the part of a Hadamard transform that a warp does by itself
 ``int_gemv``      the matrix product for one or two tokens
 ``int_matmul``    the matrix product for any number of tokens

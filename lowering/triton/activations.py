@@ -65,13 +65,19 @@ def activate(x, NAME: tl.constexpr, dtype: tl.constexpr):
 @triton.jit
 def load_activated(x_at, gate_at, mask, ACTIVATION: tl.constexpr):
     """Load activation(gate) * x, or activation(x) where there is no gate, rounded to the type of x."""
-    dtype: tl.constexpr = x_at.dtype.element_ty
     values = tl.load(x_at, mask=mask, other=0)
-    if gate_at is not None:
-        gates = as_float32(tl.load(gate_at, mask=mask, other=0))
-        values = round_to(activate(gates, ACTIVATION, dtype) * as_float32(values), dtype)
+    gates = None if gate_at is None else tl.load(gate_at, mask=mask, other=0)
+    return activated(values, gates, ACTIVATION)
+
+
+@triton.jit
+def activated(values, gates, ACTIVATION: tl.constexpr):
+    """Return activation(gates) * values, or activation(values) where there are no gates, rounded to their type."""
+    dtype: tl.constexpr = values.dtype
+    if gates is not None:
+        values = round_to(activate(as_float32(gates), ACTIVATION, dtype) * as_float32(values), dtype)
     elif ACTIVATION != "identity":
         values = round_to(activate(as_float32(values), ACTIVATION, dtype), dtype)
-    if (gate_at is not None or ACTIVATION != "identity") and dtype != tl.float32:
+    if (gates is not None or ACTIVATION != "identity") and dtype != tl.float32:
         values = keep(values)
     return values

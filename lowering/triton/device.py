@@ -7,6 +7,8 @@ from functools import lru_cache
 
 import torch
 
+from quarot_fx.devices import with_index
+
 FIRST_SUPPORTED = (8, 0)  # Ampere: int8 tensor cores by mma.sync, asynchronous copies
 FIRST_FLOAT8 = (8, 9)
 HOPPER = (9, 0)
@@ -51,8 +53,8 @@ INTERPRETER = Device(FIRST_SUPPORTED, 2**30, multiprocessors=4)
 
 
 @lru_cache
-def _cuda_device(index: int) -> Device:
-    properties = torch.cuda.get_device_properties(index)
+def _cuda_device(device: torch.device) -> Device:
+    properties = torch.cuda.get_device_properties(device)
     capability, shared_bytes = (properties.major, properties.minor), properties.shared_memory_per_block_optin  # type: ignore[attr-defined]
     return Device(capability, shared_bytes, properties.multi_processor_count)
 
@@ -61,7 +63,7 @@ def describe(device: torch.device) -> Device:
     """Return what a device can do; the CPU is the interpreter's."""
     if device.type != "cuda":
         return INTERPRETER
-    return _cuda_device(torch.cuda.current_device() if device.index is None else device.index)
+    return _cuda_device(with_index(device))
 
 
 def runs_interpreted() -> bool:

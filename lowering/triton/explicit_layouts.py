@@ -5,6 +5,8 @@ A kernel of this language calls the functions of ``triton.language`` that keep a
 
 from __future__ import annotations
 
+from typing import Any
+
 import triton
 import triton.language as tl
 from triton.experimental import gluon
@@ -38,6 +40,37 @@ def held_as(x, layout: tl.constexpr):
 def relabelled(x, layout: tl.constexpr):
     """Return x in a layout that gives every thread what it holds already, maybe in other registers."""
     return x if INTERPRETED else gl.convert_layout(x, layout, assert_trivial=True)
+
+
+class _InterpretedMemory:
+    """What a kernel does with Gluon's shared memory, with an array that its parts are views of."""
+
+    def __init__(self, tensor: tl.tensor) -> None:
+        self.tensor = tensor
+
+    def slice(self, start: int, length: int, dim: int = 0) -> _InterpretedMemory:
+        part = (*[slice(None)] * dim, slice(start, start + length))
+        return self._with(self.tensor.handle.data[part])
+
+    def store(self, value: tl.tensor) -> None:
+        self.tensor.handle.data[:] = value.handle.data
+
+    def load(self, layout: object) -> tl.tensor:
+        return self._with(self.tensor.handle.data.copy()).tensor
+
+    def _with(self, data: Any) -> _InterpretedMemory:
+        handle = type(self.tensor.handle)(data, self.tensor.dtype)
+        return _InterpretedMemory(tl.tensor(handle, tl.block_type(self.tensor.dtype, list(data.shape))))
+
+
+@jit
+def shared_memory(dtype: tl.constexpr, shape: tl.constexpr, layout: tl.constexpr):
+    """Return shared memory, in which nothing is yet."""
+    if INTERPRETED:
+        memory = _InterpretedMemory(tl.full(shape, 0, dtype))
+    else:
+        memory = gl.allocate_shared_memory(dtype, shape, layout)
+    return memory
 
 
 @jit

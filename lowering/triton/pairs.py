@@ -1,6 +1,6 @@
 """Device functions on pairs: two neighbours of 16 bits in a word of 32, which one instruction takes together.
 
-Only the range and the codes of a row are found in pairs; what lies between is float32. Requires Hopper or later.
+Only ranges and codes of rows are found in pairs; what lies between is float32. Requires Hopper or later.
 """
 
 from __future__ import annotations
@@ -135,6 +135,47 @@ def added_and_clamped(pairs, addend, highest):
             dtype=tl.int32, is_pure=True, pack=1,
         )  # fmt: skip
     return clamped
+
+
+@triton.jit
+def clamped(pairs, lowest, highest):
+    """Return signed integers, clamped to bounds in float32: one instruction for a pair and each bound."""
+    lowest, highest = lowest.to(tl.int32), highest.to(tl.int32)
+    if INTERPRETED:
+        first = tl.minimum(tl.maximum((pairs << 16) >> 16, lowest), highest)
+        second = tl.minimum(tl.maximum(pairs >> 16, lowest), highest)
+        numbers = last_halves(first, second)
+    else:
+        numbers = tl.inline_asm_elementwise(
+            "{ .reg .b32 larger; max.s16x2 larger, $1, $2; min.s16x2 $0, larger, $3; }", "=r,r,r,r",
+            [pairs, last_halves(lowest, lowest), last_halves(highest, highest)],
+            dtype=tl.int32, is_pure=True, pack=1,
+        )  # fmt: skip
+    return numbers
+
+
+@triton.jit
+def last_bytes(pairs, others):
+    """Return the last 8 bits of two pairs as a word."""
+    if INTERPRETED:
+        word = (pairs & 0xFF) | ((pairs >> 8) & 0xFF00) | ((others & 0xFF) << 16) | ((others << 8) & -0x1000000)
+    else:
+        word = tl.inline_asm_elementwise(
+            "prmt.b32 $0, $1, $2, 0x6420;", "=r,r,r", [pairs, others], dtype=tl.int32, is_pure=True, pack=1
+        )
+    return word
+
+
+@triton.jit
+def sum_of_bytes(words):
+    """Return the sum of the four signed integers of each word."""
+    if INTERPRETED:
+        total = ((words << 24) >> 24) + ((words << 16) >> 24) + ((words << 8) >> 24) + (words >> 24)
+    else:
+        total = tl.inline_asm_elementwise(
+            "dp4a.s32.s32 $0, $1, 0x01010101, 0;", "=r,r", [words], dtype=tl.int32, is_pure=True, pack=1
+        )
+    return total
 
 
 @triton.jit

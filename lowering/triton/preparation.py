@@ -20,6 +20,7 @@ from quarot_fx.lowering.triton.rotation_matrices import (
     possible_splits,
     split,
 )
+from quarot_fx.lowering.triton.stacked_slabs import stacked, stacked_matrices
 from quarot_fx.ops.append_pair import arguments_of_each
 from quarot_fx.rotation import Rotation
 
@@ -32,6 +33,8 @@ def _rotate(x: Tensor, rotation: str, dim: int = -1, inner: int = 1, inverse: bo
 def _rotate_quantize(x: Tensor, gate: Tensor | None, activation: str, rotation: str, inner: int, *scheme: Any) -> None:
     if cut := split(Rotation.parse(rotation), x.shape[-1], inner, x.dtype):
         matrices(cut, x.device, x.dtype)
+        if slabs := stacked(cut):
+            stacked_matrices(slabs, x.device)
 
 
 def _rope_rotate(

@@ -14,8 +14,18 @@ LARGEST = tl.constexpr(3.4028234663852886e38)  # float32
 
 
 @triton.jit
-def _maximum_or_nan(a, b):
+def maximum_or_nan(a, b):
+    """Return the maximum; a NaN wins."""
     return tl.maximum(a, b, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
+def _larger_magnitude(a, b):
+    """Return the larger of |a| and |b| by one instruction; the compiler might take another two for magnitudes."""
+    return tl.inline_asm_elementwise(
+        "{ .reg .f32 x, y; abs.f32 x, $1; abs.f32 y, $2; max.NaN.f32 $0, x, y; }", "=f,f,f",
+        [a, b], dtype=tl.float32, is_pure=True, pack=1,
+    )  # fmt: skip
 
 
 @triton.jit
@@ -25,13 +35,13 @@ def rows_of_groups(values):
 
 
 @triton.jit
-def _largest_magnitude(values):
+def largest_magnitude(values):
     """Return max|x| of each group of [groups, elements]; a NaN wins."""
     if INTERPRETED:  # bits of floats are ordered like |x|, with NaN above infinity; any other reduction would be slow
         magnitudes = values.to(tl.int32, bitcast=True) & 0x7FFFFFFF
         largest = tl.max(magnitudes, axis=1).to(tl.float32, bitcast=True)
     else:
-        largest = tl.reduce(tl.abs(values), 1, _maximum_or_nan)
+        largest = tl.abs(tl.reduce(values, 1, _larger_magnitude))
     return largest
 
 
@@ -76,21 +86,31 @@ def quantization(rows, unit, clip, SYMMETRIC: tl.constexpr, BITS: tl.constexpr):
     All are float32, of numbers in units of ``unit``: to scale these would cost more. A group with a value that is not
     finite has one code only.
     """
+    largest = largest_magnitude(rows)
+    if SYMMETRIC:
+        low, high = largest, largest
+    else:
+        low, high = tl.min(rows, axis=1), tl.max(rows, axis=1)
+    return quantization_of_range(largest, low, high, unit, clip, SYMMETRIC, BITS)
+
+
+@triton.jit
+def quantization_of_range(largest, low, high, unit, clip, SYMMETRIC: tl.constexpr, BITS: tl.constexpr):
+    """Return the same for known ranges. A NaN need be in the largest magnitude only."""
     HIGHEST: tl.constexpr = 2.0 ** (BITS - 1) - 1
     LOWEST: tl.constexpr = -HIGHEST - 1
     CODE_OF_NAN: tl.constexpr = 0.0 if SYMMETRIC else LOWEST
-    largest = _largest_magnitude(rows)
     is_finite = largest < float("inf")
     if SYMMETRIC:
         step = symmetric_step(largest, unit, clip, BITS)
-        zeros = tl.zeros_like(step)
+        zeros = 0.0
     else:
-        low = tl.minimum(tl.min(rows, axis=1), 0.0) * unit * clip
-        high = tl.maximum(tl.max(rows, axis=1), 0.0) * unit * clip
+        low = tl.minimum(low, 0.0) * unit * clip
+        high = tl.maximum(high, 0.0) * unit * clip
         step = divide_scalars(high - low, 2 * HIGHEST + 1)
         step = tl.where(is_finite, tl.where(step == 0, 1.0, step), largest)  # of NaNs only, low and high may be 0
         zeros = _round_to_code(-low, divide_scalars(1.0, step), LOWEST, LOWEST, HIGHEST) - ROUND_TO_INTEGER
-        zeros = tl.where(is_finite, zeros, CODE_OF_NAN)
+    zeros = tl.where(is_finite, zeros, CODE_OF_NAN)
     return step, zeros, tl.where(is_finite, LOWEST, CODE_OF_NAN), tl.where(is_finite, HIGHEST, CODE_OF_NAN)
 
 
@@ -147,10 +167,10 @@ def store_quantized(values, unit, codes_at, mask, scale, zero, sums, groups, is_
 def _maximum(rows):
     """Return the maximum of each row of [rows, elements]; a NaN wins."""
     if INTERPRETED:
-        magnitude = _largest_magnitude(rows)
+        magnitude = largest_magnitude(rows)
         largest = tl.where(magnitude == magnitude, tl.max(rows, axis=1), magnitude)
     else:
-        largest = tl.reduce(rows, 1, _maximum_or_nan)
+        largest = tl.reduce(rows, 1, maximum_or_nan)
     return largest
 
 

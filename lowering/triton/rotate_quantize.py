@@ -18,9 +18,11 @@ from quarot_fx.lowering.triton.language import let_dependents_start, wait_for_in
 from quarot_fx.lowering.triton.quantization import store_quantized
 from quarot_fx.lowering.triton.rotate import launch_parameters, load_matrix, places, rotated
 from quarot_fx.lowering.triton.rotate_quantize_parts import launch_parts
+from quarot_fx.lowering.triton.rotate_quantize_shared import launch_shared, takes
 from quarot_fx.lowering.triton.rotate_slabs import SIDE
 from quarot_fx.lowering.triton.rotation_matrices import matrices, split
 from quarot_fx.lowering.triton.rows import rows_of
+from quarot_fx.lowering.triton.stacked_slabs import stacked
 from quarot_fx.ops.quantize_activation import fake_operand
 from quarot_fx.rotation import Rotation
 
@@ -99,12 +101,16 @@ def rotate_quantize(
     size = x.shape[-1]
     cut = split(Rotation.parse(rotation), size, inner, x.dtype)
     assert cut is not None, "the provider does not support this rotation"
-    rows = x.numel() // size
-    parameters = launch_parameters(cut, x, rows, launch)
-    part = parameters.pop("PART", None)
+    rows, slabs = x.numel() // size, stacked(cut)
+    is_shared = launch is None and takes(x, gate, bits, container, clip, slabs)
     x, stride_x = rows_of(x)
     gate, stride_gate = (None, 0) if gate is None else rows_of(gate)
-    factors, filled = matrices(cut, x.device, x.dtype), (codes, scale, None if symmetric else zero, sums)
+    filled = codes, scale, None if symmetric else zero, sums
+    if is_shared:
+        launch_shared(x, gate, (stride_x, stride_gate), filled, slabs, clip, activation, bits)
+        return operand
+    parameters = launch_parameters(cut, x, rows, launch)
+    part, factors = parameters.pop("PART", None), matrices(cut, x.device, x.dtype)
     if part and cut.has_parts:
         strides = stride_x, stride_gate
         launch_parts(x, gate, strides, factors, filled, cut.norm, clip, activation, bits, part, parameters)

@@ -170,7 +170,7 @@ def matrices(
     kernel makes them: kernels read them before they wait for others.
     """
     left, middle, right = (
-        _matrix(side, block, split.outer if axis == 0 else 1, (axis < 2) != inverse) if side else None
+        kronecker_product(side, block, split.outer if axis == 0 else 1, (axis < 2) != inverse) if side else None
         for axis, (side, block) in enumerate(zip(split.sides, split.blocks, strict=True))
     )
     if split.in_slabs:
@@ -238,7 +238,8 @@ def head_matrices_by_thread(
     return HeadMatrices(of_heads.values[:, row][..., column].contiguous().to(device), of_heads.norm)
 
 
-def _matrix(side: tuple[Factor, ...], block: int, outer: int, transposed: bool) -> Tensor:
+def kronecker_product(side: tuple[Factor, ...], block: int, outer: int, transposed: bool) -> Tensor:
+    """Return the product of factors as ``outer`` diagonal blocks, filled up with zeros, Hadamard factors as +-1."""
     arrays = [f.array() * (math.sqrt(f.order) if f.family == "hadamard" else 1) for f in side]
     product = torch.from_numpy(reduce(lambda a, b: np.kron(a, b), [np.eye(outer), *arrays]))
     filled = torch.zeros(block, block, dtype=torch.float64)

@@ -16,6 +16,7 @@ from quarot_fx.calibration.report import CalibratedInput
 from quarot_fx.config import QuantScheme
 from quarot_fx.passes.quantized import quantization_behind, rounded, set_clip
 
+# Every ratio costs a product with all rows of the data: few are tried, and then some around the best.
 COARSE_RATIOS = (1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4)
 FINER_STEPS = (0.05, 0.025)  # to the ratios that are tried next, from the best one so far
 

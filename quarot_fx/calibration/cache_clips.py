@@ -17,6 +17,7 @@ from quarot_fx.passes.quantize_caches import QuantizeCaches
 from quarot_fx.passes.quantized import quantization_behind, rounded, scheme_of, set_clip
 from quarot_fx.progress import track
 
+# Many, since no product follows as it does for inputs of layers; all are tried while the data is gone through once.
 RATIOS = tuple(round(1 - step / 50, 2) for step in range(21))  # 1.00, 0.98, ... 0.60
 
 

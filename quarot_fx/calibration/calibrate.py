@@ -120,29 +120,7 @@ def calibrate(
     groups = shared_inputs(programs.quantized.graph, programs.searched)
     if not groups and not caches and not keys and not bits:
         raise NothingToCalibrateError
-    done = 0 if saved is None else len(saved)
-    for group in groups:
-        for product in group:
-            if product.quantization is not None:
-                forget(product.quantization)
-    inputs = LayerInputs(programs, tokens, groups, how, offload)
-    found: list[Step] = []
-    for number, group in enumerate(track(groups, "calibration")):
-        nodes = [product.quantization or product.weight for product in group]
-        if saved is not None and number < done:
-            step = saved.load(number, nodes)
-            use_input_clips(group, step.inputs)
-            if done < len(groups):  # the layers that are still to come need their inputs
-                inputs.advance(group)
-        else:
-            step = _calibrate_group(group, inputs, how)
-            if saved is not None:
-                saved.save(nodes, step)
-        quantizations = [product.quantization for product in group if product.quantization is not None]
-        for node, codes in zip(quantizations, step.codes, strict=True):
-            remember(node, codes)
-        inputs.release(group)
-        found.append(step)
+    found = _calibrate_groups(groups, LayerInputs(programs, tokens, groups, how, offload), how, saved)
     clipped = [one for step in found for one in step.inputs]
     clips = {parameter: {"a_clip": one.clip} for one in clipped for parameter in one.parameters}
     return Calibration(
@@ -170,6 +148,35 @@ def _search_cache_clip_once(
 
 def _without_state(_: str, answer: Callable[[], Any]) -> Any:
     return answer()
+
+
+def _calibrate_groups(
+    groups: Sequence[Sequence[Product]], inputs: LayerInputs, options: GPTQOptions, saved: CalibrationState | None
+) -> list[Step]:
+    """Calibrate groups one after another, but for those that are saved already; graphs use the codes from then on."""
+    done = 0 if saved is None else len(saved)
+    for group in groups:
+        for product in group:
+            if product.quantization is not None:
+                forget(product.quantization)
+    found: list[Step] = []
+    for number, group in enumerate(track(groups, "calibration")):
+        nodes = [product.quantization or product.weight for product in group]
+        if saved is not None and number < done:
+            step = saved.load(number, nodes)
+            use_input_clips(group, step.inputs)
+            if done < len(groups):  # the layers that are still to come need their inputs
+                inputs.advance(group)
+        else:
+            step = _calibrate_group(group, inputs, options)
+            if saved is not None:
+                saved.save(nodes, step)
+        quantizations = [product.quantization for product in group if product.quantization is not None]
+        for node, codes in zip(quantizations, step.codes, strict=True):
+            remember(node, codes)
+        inputs.release(group)
+        found.append(step)
+    return found
 
 
 def _calibrate_group(group: Sequence[Product], inputs: LayerInputs, options: GPTQOptions) -> Step:

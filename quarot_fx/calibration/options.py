@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from quarot_fx.errors import OptionError
-from quarot_fx.option_checks import check_choice, check_flag, from_mapping
+from quarot_fx.option_checks import check_choice, check_flag, check_integer, from_mapping
 
 GROUP_SCALES = ("dynamic", "static")
 TARGETS = ("layer", "model")
@@ -50,10 +50,8 @@ class GPTQOptions:
     target: str = "layer"
 
     def __post_init__(self) -> None:
-        if not isinstance(self.block_size, int) or isinstance(self.block_size, bool) or self.block_size < 1:
-            raise OptionError(name="block_size", value=self.block_size, reason="must be a positive integer")
-        if not isinstance(self.sweeps, int) or isinstance(self.sweeps, bool) or self.sweeps < 0:
-            raise OptionError(name="sweeps", value=self.sweeps, reason="must be an integer, 0 or more")
+        check_integer("block_size", self.block_size, 1)
+        check_integer("sweeps", self.sweeps, 0)
         for name in ("damping", "max_damping"):
             _check_damping(name, getattr(self, name))
         for name in ("act_order", "quantized_inputs"):

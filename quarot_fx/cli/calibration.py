@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from collections.abc import Iterable
+from typing import Annotated, Any
 
 import typer
 
-from quarot_fx.cli.settings import Setting
+from quarot_fx.calibration.options import GPTQOptions
+from quarot_fx.cli.settings import Setting, parse_options
 from quarot_fx.errors import OptionError
+from quarot_fx.learning.options import LearningOptions, TuningOptions
 
 CalibrationText = Annotated[
     str | None,
@@ -28,10 +31,20 @@ GPTQAssignments = Annotated[
 LearningAssignments = Annotated[
     list[str] | None, typer.Option("--learning", metavar="NAME=VALUE", help="A field of LearningOptions: steps=200.")
 ]
-
 TuningAssignments = Annotated[
     list[str] | None, typer.Option("--tuning", metavar="NAME=VALUE", help="A field of TuningOptions: steps=300.")
 ]
+
+
+def parse_methods(
+    gptq: Iterable[str] | None, learning: Iterable[str] | None, tuning: Iterable[str] | None
+) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
+    """Read the options of GPTQ, of learning and of tuning."""
+    return (
+        parse_options(gptq, GPTQOptions),
+        parse_options(learning, LearningOptions),
+        parse_options(tuning, TuningOptions),
+    )
 
 
 def check_calibration_text(text: str | None, setting: Setting) -> None:

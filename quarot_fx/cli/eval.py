@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.console import Console
 
-from quarot_fx.calibration.options import GPTQOptions
 from quarot_fx.cli.calibration import (
     CalibrationSamples,
     CalibrationText,
@@ -21,6 +20,7 @@ from quarot_fx.cli.calibration import (
     LearningSamples,
     TuningAssignments,
     check_calibration_text,
+    parse_methods,
 )
 from quarot_fx.cli.settings import (
     DEFAULT_SETTINGS,
@@ -31,7 +31,6 @@ from quarot_fx.cli.settings import (
     split_settings,
 )
 from quarot_fx.errors import NotFoundError, OptionError
-from quarot_fx.learning.options import LearningOptions, TuningOptions
 
 if TYPE_CHECKING:
     from quarot_fx.cli.results import Results
@@ -81,8 +80,7 @@ def evaluate(
 ) -> None:
     """Measure perplexity, needles in a text, and zero-shot tasks under each setting, next to the float model's."""
     options = parse_options(option)
-    gptq_options, learning_options = parse_options(gptq, GPTQOptions), parse_options(learning, LearningOptions)
-    tuning_options = parse_options(tuning, TuningOptions)
+    methods = parse_methods(gptq, learning, tuning)
     chosen = _settings(settings, settings_file, options)
     if text is None and (tasks is None or needles is not None):
         text = DEFAULT_TEXT
@@ -113,8 +111,7 @@ def evaluate(
     calibrated_on = None
     if calibration is not None:
         counts, seed = (samples, learning_samples or samples), options.get("seed", 0)
-        how = (gptq_options, learning_options, tuning_options)
-        calibrated_on = CalibrationWindows.of_text(calibration, tokenizer, *counts, window_length, seed, *how)
+        calibrated_on = CalibrationWindows.of_text(calibration, tokenizer, *counts, window_length, seed, *methods)
     evaluation = Evaluation(network, tokenizer, read, asked, chunk, calibrated_on, nested_backend)
 
     about = {"command": shlex.join(["quarot-fx", *sys.argv[1:]]), "model": model, **evaluation.about}

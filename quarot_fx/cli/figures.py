@@ -47,7 +47,7 @@ class SharedInput:
         return {"parameters": list(self.parameters), ROTATED: self.rotated, UNROTATED: self.unrotated}
 
 
-def shared_inputs(rotated: SQNRReport, unrotated: SQNRReport) -> list[SharedInput]:
+def inputs_to_draw(rotated: SQNRReport, unrotated: SQNRReport) -> list[SharedInput]:
     """Return the activations that enter linear layers, of those that are alike in all layers a few."""
     alike: dict[str, list[SharedInput]] = defaultdict(list)
     for one in _all_inputs(rotated, unrotated):

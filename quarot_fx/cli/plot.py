@@ -44,7 +44,7 @@ def plot(
     from quarot_fx.text import fingerprint, read_text, split_windows
 
     import_extra("matplotlib", extra="eval")
-    from quarot_fx.cli.figures import draw_ranges, draw_sqnr, shared_inputs
+    from quarot_fx.cli.figures import draw_ranges, draw_sqnr, inputs_to_draw
 
     content = read_text(text)
     network, tokenizer = load_model(model, device)
@@ -60,7 +60,7 @@ def plot(
         unrotated = measure_sqnr(program, arguments, replace(config, rotation="none"))
 
     folder.mkdir(parents=True, exist_ok=True)
-    inputs = shared_inputs(rotated, unrotated)
+    inputs = inputs_to_draw(rotated, unrotated)
     title = f"{model}, {tokens} tokens of {text}"
     draw_ranges(inputs, title, folder / f"ranges.{image}")
     draw_sqnr(rotated, unrotated, f"{title}, {setting}", folder / f"sqnr.{image}")

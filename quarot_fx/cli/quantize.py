@@ -8,7 +8,6 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from quarot_fx.calibration.options import GPTQOptions
 from quarot_fx.cli.calibration import (
     CalibrationSamples,
     CalibrationText,
@@ -17,10 +16,10 @@ from quarot_fx.cli.calibration import (
     LearningSamples,
     TuningAssignments,
     check_calibration_text,
+    parse_methods,
 )
 from quarot_fx.cli.settings import OptionAssignments, parse_options, parse_setting
 from quarot_fx.errors import OptionError
-from quarot_fx.learning.options import LearningOptions, TuningOptions
 
 
 def quantize(
@@ -44,8 +43,7 @@ def quantize(
 ) -> None:
     """Quantise a model, and write what `quarot_fx.load` and `from_pretrained` read, with its tokenizer."""
     chosen = parse_setting(setting, parse_options(option))
-    gptq_options, learning_options = parse_options(gptq, GPTQOptions), parse_options(learning, LearningOptions)
-    tuning_options = parse_options(tuning, TuningOptions)
+    methods = parse_methods(gptq, learning, tuning)
     if chosen.options is None:
         raise OptionError(name="setting", value=setting, reason="rewrites nothing; did you mean 'rotated'?")
     if dtype not in ("float32", "bfloat16", "float16"):
@@ -63,8 +61,7 @@ def quantize(
     network = network.to(getattr(torch, dtype))
     if calibration is not None and chosen.needs_calibration:
         counts, seed = (samples, learning_samples or samples), chosen.options.get("seed", 0)
-        how = (gptq_options, learning_options, tuning_options)
-        calibrated_on = CalibrationWindows.of_text(calibration, tokenizer, *counts, length, seed, *how)
+        calibrated_on = CalibrationWindows.of_text(calibration, tokenizer, *counts, length, seed, *methods)
         prepared = prepare(network, chosen, calibrated_on, calibration_state)
         chosen = prepared.setting
         for report in (prepared.learned, prepared.calibration, prepared.tuned):

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from quarot_fx.errors import OptionError
-from quarot_fx.option_checks import check_choice, check_flag, from_mapping
+from quarot_fx.option_checks import check_choice, check_flag, check_integer, from_mapping
 
 LOSSES = ("cross-entropy", "divergence")
 WEIGHTS = ("float", "nearest")
@@ -116,7 +116,5 @@ class TuningOptions:
 def _check_counts(options: Any, **least: int) -> None:
     for name, smallest in least.items():
         value = getattr(options, name)
-        if name == "length" and value is None:
-            continue
-        if not isinstance(value, int) or isinstance(value, bool) or value < smallest:
-            raise OptionError(name=name, value=value, reason=f"must be an integer, {smallest} or more")
+        if name != "length" or value is not None:
+            check_integer(name, value, smallest)

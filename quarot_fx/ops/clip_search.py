@@ -13,6 +13,8 @@ from torch import Tensor
 
 from quarot_fx.ops.affine import code_range, group_count, split_groups, weight_scale_and_zero
 
+# A search takes no data, and is done once for every group of a weight, of which some have a few large values: steps are
+# fine, and go far down.
 RATIOS = tuple(1 - step / 100 for step in range(80))
 ERROR_NORM = 2.4
 # Elements searched at a time. On a CPU no operator splits so few over threads: threads that meet after every operator
