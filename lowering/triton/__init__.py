@@ -1,6 +1,7 @@
 """Triton kernels for NVIDIA GPUs from Ampere on, one a file, as the provider ``"triton"`` of their ops.
 
-Importing this package imports neither Triton nor CUDA: ``<op>.py`` is imported when its op first runs.
+Importing this package imports neither Triton nor CUDA: ``<op>.py`` is imported when its op first runs, and
+``preparation`` when a graph with one is compiled.
 
 ``<op>``          launches the kernels of ``quarot::<op>``
 ``rotate_quantize_parts``  ``rotate_quantize`` of few long rows that have no slabs
@@ -30,7 +31,6 @@ from collections.abc import Callable
 from importlib import import_module
 from typing import Any
 
-from quarot_fx.lowering.triton.preparation import PREPARATIONS
 from quarot_fx.lowering.triton.support import REASONS
 from quarot_fx.ops import DECLARATIONS, Provider
 
@@ -42,5 +42,14 @@ def _launcher(name: str) -> Callable[..., Any]:
     return launch
 
 
+def _preparation(name: str) -> Callable[..., None]:
+    def prepare(*args: Any) -> None:
+        preparation = import_module(f"{__name__}.preparation")
+        if name in preparation.PREPARATIONS:
+            preparation.PREPARATIONS[name](*args)
+
+    return prepare
+
+
 for _name, _reason_against in REASONS.items():
-    DECLARATIONS[_name].providers["triton"] = Provider(_reason_against, _launcher(_name), PREPARATIONS.get(_name))
+    DECLARATIONS[_name].providers["triton"] = Provider(_reason_against, _launcher(_name), _preparation(_name))
