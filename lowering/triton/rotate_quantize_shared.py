@@ -150,7 +150,7 @@ def _rotate_quantize_shared(
 def _load(x, gate, row, rows, stride_x, stride_gate, k, place, step: tl.constexpr, K: tl.constexpr, R: tl.constexpr):
     """Return what a step takes of a row, zeros from K on, and its gates, or the same twice where there are none."""
     start, first = tl.cast(row, tl.int64), step * STEP
-    mask = (k < K - first) & (place >= 0) & (row < rows)
+    mask = (k < tl.where(row < rows, K - first, 0)) & (place >= 0)
     values = tl.load(x + start * stride_x + first * R * SLAB_SIZE + place, mask=mask, other=0)
     gates = values
     if gate is not None:
