@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-import sys
+from importlib import import_module
 
 import pytest
 from commands import run
@@ -70,7 +70,7 @@ def task_folder(tmp_path_factory):
 @pytest.fixture
 def no_default_tasks(monkeypatch):
     """Have lm-eval find tasks in the given folder only: to list its own ten thousand takes long."""
-    manager = sys.modules["lm_eval.tasks"].TaskManager
+    manager = import_module("lm_eval.tasks").TaskManager
 
     def only_the_folder(include_path=None, include_defaults=False):
         return manager(include_path=include_path, include_defaults=False)
