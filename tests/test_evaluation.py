@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from importlib import import_module
 
 import pytest
 from commands import run
@@ -17,6 +16,7 @@ pytest.importorskip("lm_eval", reason="zero-shot tasks need the extra `eval`")
 
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
+from lm_eval.tasks import TaskManager
 
 from quarot_fx.cli.harness import CompiledLM, padded_length
 
@@ -70,10 +70,9 @@ def task_folder(tmp_path_factory):
 @pytest.fixture
 def no_default_tasks(monkeypatch):
     """Have lm-eval find tasks in the given folder only: to list its own ten thousand takes long."""
-    manager = import_module("lm_eval.tasks").TaskManager
 
     def only_the_folder(include_path=None, include_defaults=False):
-        return manager(include_path=include_path, include_defaults=False)
+        return TaskManager(include_path=include_path, include_defaults=False)
 
     monkeypatch.setattr("lm_eval.tasks.TaskManager", only_the_folder)
 

@@ -4,6 +4,8 @@ Importing this package imports neither Triton nor CUDA: ``<op>.py`` is imported 
 ``preparation`` when a graph with one is compiled.
 
 ``<op>``          launches the kernels of ``quarot::<op>``
+``append_prompt``  ``append`` of many tokens
+``appended``      what is appended, as its kernels are told
 ``rotate_quantize_parts``  ``rotate_quantize`` of few long rows that have no slabs
 ``rotate_quantize_shared``  ``rotate_quantize`` of many long rows
 ``stacked_slabs``  how these lie in shared memory
@@ -13,6 +15,7 @@ Importing this package imports neither Triton nor CUDA: ``<op>.py`` is imported 
 ``split_attention``  what the kernels of ``attend`` and ``attend_packed`` share
 ``packed_operands``  packed keys and values as operands of tensor cores
 ``packed_codes``  device functions that make numbers of packed codes
+``pairs``         device functions that take two 16-bit numbers an instruction
 ``quantization``  device functions that quantise
 ``activations``   device functions that apply an activation
 ``language``      device functions that differ in the interpreter

@@ -96,19 +96,8 @@ def _gated_int_linear(*arguments: Any) -> str | None:
     return _int_linear(*operands, None, dtype)
 
 
-def _norm_int_linear(
-    x: Tensor,
-    gain: Tensor | None,
-    eps: float,
-    bits: int,
-    clip: float,
-    weight: Tensor,
-    weight_scale: Tensor,
-    bias: Tensor | None,
-    residual: Tensor | None,
-    dtype: torch.dtype,
-    activation: str | None,
-) -> str | None:
+def _norm_int_linear(x: Tensor, *rest: Any) -> str | None:
+    *_, dtype, _ = rest
     return _reason_against_token(x, dtype)
 
 

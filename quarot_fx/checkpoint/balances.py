@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from quarot_fx.balance import Balance, KeyBalance, KeyBalances
+from quarot_fx.checkpoint.damage import damaged
 from quarot_fx.checkpoint.manifest import Balanced, Manifest
 from quarot_fx.checkpoint.shards import ShardReader, ShardWriter
 from quarot_fx.config import QuarotConfig
-from quarot_fx.errors import CheckpointFormatError, NotABalanceError
+from quarot_fx.errors import NotABalanceError
 
 
 def write_balances(config: QuarotConfig, writer: ShardWriter) -> tuple[Balanced, ...]:
@@ -30,15 +31,10 @@ def read_balances(manifest: Manifest, reader: ShardReader, folder: str) -> None:
         try:
             balance = Balance.of_matrices(reader.read(one.tensor))
         except NotABalanceError as error:
-            raise _error(folder, f"{one.balance} is no balance: {error}") from error
+            raise damaged(folder, f"{one.balance} is no balance: {error}") from error
         if str(balance) != one.balance:
-            raise _error(folder, f"the matrices of {one.balance} are those of {balance}")
+            raise damaged(folder, f"the matrices of {one.balance} are those of {balance}")
         layers.append(KeyBalance(one.where, one.balance))
     name, named = KeyBalances(layers).name if layers else None, manifest.options.get("key_balance")
     if name != named:
-        raise _error(folder, f"its options name the balances {named!r}, and it holds {name!r}")
-
-
-def _error(folder: str, reason: str) -> CheckpointFormatError:
-    remedy = "It is damaged, or something else than quarot_fx.save wrote it."
-    return CheckpointFormatError(folder=folder, reason=reason, remedy=remedy)
+        raise damaged(folder, f"its options name the balances {named!r}, and it holds {name!r}")

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from quarot_fx.checkpoint.damage import damaged
 from quarot_fx.checkpoint.manifest import Learned, Manifest
 from quarot_fx.checkpoint.shards import ShardReader, ShardWriter
 from quarot_fx.config import QuarotConfig
-from quarot_fx.errors import CheckpointFormatError, NotOrthogonalError
+from quarot_fx.errors import NotOrthogonalError
 from quarot_fx.learning.rotations import LearnedRotation, LearnedRotations, known_rotations
 from quarot_fx.rotation import Rotation
 
@@ -31,15 +32,10 @@ def read_learned(manifest: Manifest, reader: ShardReader, folder: str) -> None:
         try:
             rotation = Rotation.of_matrix(reader.read(one.tensor))
         except NotOrthogonalError as error:
-            raise _error(folder, f"{one.rotation} is no rotation: {error}") from error
+            raise damaged(folder, f"{one.rotation} is no rotation: {error}") from error
         if str(rotation) != one.rotation:
-            raise _error(folder, f"the matrix of {one.rotation} is that of {rotation}")
+            raise damaged(folder, f"the matrix of {one.rotation} is that of {rotation}")
         learned.append(LearnedRotation(rotation, one.absorbed_by))
     name, named = LearnedRotations(learned).name if learned else None, manifest.options.get("learned_rotations")
     if name != named:
-        raise _error(folder, f"its options name the rotations {named!r}, and it holds {name!r}")
-
-
-def _error(folder: str, reason: str) -> CheckpointFormatError:
-    remedy = "It is damaged, or something else than quarot_fx.save wrote it."
-    return CheckpointFormatError(folder=folder, reason=reason, remedy=remedy)
+        raise damaged(folder, f"its options name the rotations {named!r}, and it holds {name!r}")

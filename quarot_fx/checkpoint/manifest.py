@@ -14,7 +14,8 @@ from typing import Any
 
 import torch
 
-from quarot_fx.errors import CheckpointFormatError, CheckpointVersionError
+from quarot_fx.checkpoint.damage import damaged
+from quarot_fx.errors import CheckpointVersionError
 from quarot_fx.ops.pack import packed_size
 
 FORMAT = 2
@@ -340,5 +341,4 @@ class _Reader:
         return value
 
     def _fail(self, reason: str) -> Any:
-        remedy = "It is damaged, or something else than quarot_fx.save wrote it."
-        raise CheckpointFormatError(folder=self._folder, reason=reason, remedy=remedy)
+        raise damaged(self._folder, reason)

@@ -12,8 +12,9 @@ import torch
 from torch import fx
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from quarot_fx.checkpoint.damage import damaged
 from quarot_fx.config import QuarotConfig
-from quarot_fx.errors import CheckpointFormatError, NotInCheckpointError
+from quarot_fx.errors import NotInCheckpointError
 from quarot_fx.store import Expression, expression, version
 
 How = tuple[str, ...]
@@ -71,8 +72,7 @@ def saved_value(node: fx.Node) -> Any | None:
     value = values.readers[how]((expected if isinstance(expected, torch.Tensor) else expected[0]).device)
     if _layout(value) != _layout(expected):
         reason = f"{'; '.join(how)} is {_layout(value)} there, and has to be {_layout(expected)}"
-        remedy = "It is damaged, or something else than quarot_fx.save wrote it."
-        raise CheckpointFormatError(folder=values.folder, reason=reason, remedy=remedy)
+        raise damaged(values.folder, reason)
     return value
 
 

@@ -19,6 +19,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from quarot_fx.checkpoint.damage import damaged
 from quarot_fx.checkpoint.manifest import DTYPE_NAMES, Manifest, Shard, TensorInfo
 from quarot_fx.errors import CheckpointFormatError, CheckpointNotFoundError, CorruptCheckpointError, SaveError
 from quarot_fx.files import TEMPORARY, put_in_place, sync_folder, write_text
@@ -199,5 +200,4 @@ def _sync(path: str) -> str:
 
 
 def _no_json(folder: Path, error: Exception) -> CheckpointFormatError:
-    remedy = "It is damaged, or something else than quarot_fx.save wrote it."
-    return CheckpointFormatError(folder=str(folder), reason=f"{INDEX} is no JSON: {error}", remedy=remedy)
+    return damaged(str(folder), f"{INDEX} is no JSON: {error}")
