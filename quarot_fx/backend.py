@@ -30,14 +30,18 @@ def quarot(
         options: fields of :class:`~quarot_fx.config.QuarotConfig`.
 
     Returns:
-        A callable with the graph's signature. If compilation fails, it raises our error when it is called: Dynamo
-        would wrap or even swallow an exception from here, and a user's ``except`` must meet the typed one.
+        A callable with the graph's signature.
+
+    Raises:
+        QuarotError: from the call of the model that was being compiled; the next call compiles anew.
     """
     try:
         config = QuarotConfig.from_options({**(options or {}), **({} if mode is None else {"mode": mode})})
         return compile_graph(gm, example_inputs, config)
     except QuarotError as error:
-        return _raising(error)
+        from quarot_fx.refusal import refusal
+
+        raise refusal(error) from None
 
 
 @collected_rarely()
@@ -64,10 +68,3 @@ def compile_graph(gm: fx.GraphModule, example_inputs: Sequence[Any], config: Qua
         example_inputs, lambda lifted: compile_nested(lifted, example_inputs, config.nested_backend, config.mode)
     )
     return graph
-
-
-def _raising(error: QuarotError) -> Callable[..., Any]:
-    def fail(*_: Any) -> Any:
-        raise error.with_traceback(None)
-
-    return fail

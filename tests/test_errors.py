@@ -100,6 +100,48 @@ def test_weights_that_are_not_finite_are_named(model, bad):
         run(model)
 
 
+def test_a_failed_model_does_not_stand_in_the_way_of_another(model):
+    """Dynamo's guards look at no content of a parameter: what it kept of the first, it would run for the second."""
+    other, x = copy.deepcopy(model), torch.randn(2, 8)
+    with torch.no_grad():
+        model.second.weight[3, :2] = float("nan")
+    with pytest.raises(errors.NonFiniteWeightError):
+        run(model, x)
+    assert run(other, x).isfinite().all()
+    with pytest.raises(errors.NonFiniteWeightError):
+        run(model, x)
+
+
+def test_a_model_compiles_once_its_fault_is_mended(model):
+    compiled = torch.compile(model, backend="quarot", options={"nested_backend": "eager"})
+    with torch.no_grad():
+        saved = model.second.weight[3, 0].clone()
+        model.second.weight[3, 0] = float("inf")
+        for _ in range(2):
+            with pytest.raises(errors.NonFiniteWeightError):
+                compiled(torch.randn(2, 8))
+        model.second.weight[3, 0] = saved
+        assert compiled(torch.randn(2, 8)).isfinite().all()
+
+
+def test_an_error_of_a_later_graph_is_typed(model):
+    def broken(x):
+        x = torch.sin(x)
+        torch._dynamo.graph_break()
+        return model(x)
+
+    with torch.no_grad():
+        model.second.weight[3, 0] = float("nan")
+        with pytest.raises(errors.NonFiniteWeightError) as caught:
+            torch.compile(broken, backend="quarot")(torch.randn(2, 8))
+    assert caught.value.__suppress_context__
+
+
+def test_an_error_without_dynamo_is_typed_too(model):
+    with pytest.raises(errors.UnknownOptionError, match="Did you mean 'w_bits'"):
+        quarot_fx.backend.quarot(torch.fx.symbolic_trace(model), [torch.randn(2, 8)], options={"w_bit": 4})
+
+
 def test_a_parameter_on_the_meta_device():
     with torch.device("meta"):
         model = Model().eval()
