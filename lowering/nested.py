@@ -11,6 +11,7 @@ from torch._dynamo.exc import RestartAnalysis
 from quarot_fx.errors import NestedBackendError, UnknownOptionError
 from quarot_fx.lowering.lift import Lifted
 from quarot_fx.ops import DECLARATIONS
+from quarot_fx.ops.declaration import LIBRARY
 
 MODES: dict[str, dict[str, Any]] = {
     "default": {},
@@ -51,6 +52,7 @@ def compile_nested(lifted: Lifted, arguments: Sequence[Any], name: str, mode: st
                 on_gpu = any(isinstance(one, torch.Tensor) and one.is_cuda for one in inputs)
                 patches = MODES[mode or "default"] | (known_to_inductor(ON_GPU) if on_gpu else {})
                 decompositions = _decompositions() if on_gpu else None
+                register_fallbacks(module.graph)
                 compiled: Any = compile_fx(module, inputs, config_patches=patches, decompositions=decompositions)
                 return compiled
             compiler: Callable[..., Any] = torch._dynamo.lookup_backend(name)
@@ -59,6 +61,21 @@ def compile_nested(lifted: Lifted, arguments: Sequence[Any], name: str, mode: st
         raise
     except Exception as error:
         raise NestedBackendError(name=name, reason=f"{type(error).__name__}: {error}") from error
+
+
+def register_fallbacks(graph: torch.fx.Graph) -> None:
+    """Tell Inductor of those of our ops that it shall call as they are.
+
+    It does so anyway. But before torch 2.13, where it finds out by itself, it prints the arguments, and all that they
+    were computed from, first: a path of the residual stream at a time, of which there are two to the number of layers.
+    """
+    from torch._inductor.lowering import lowerings, make_fallback, tag_to_layout_constraint
+    from torch._library.utils import get_layout_constraint_tag
+
+    for target in {node.target for node in graph.nodes if node.op == "call_function"}:
+        is_ours = isinstance(target, torch._ops.OpOverload) and target.namespace.partition("_")[0] == LIBRARY.ns
+        if is_ours and target not in lowerings:
+            make_fallback(target, tag_to_layout_constraint(get_layout_constraint_tag(target)))
 
 
 def known_to_inductor(options: Mapping[str, Any]) -> dict[str, Any]:

@@ -227,6 +227,29 @@ def test_inference_mode_and_grad_mode(model):
     torch.testing.assert_close(first, second)
 
 
+def test_inductor_knows_our_ops_before_it_meets_them(model, monkeypatch):
+    """It would print all that the arguments of an unknown one were computed from, in deep models forever."""
+    from torch._inductor import compile_fx as inductor
+    from torch._inductor import lowering
+
+    def is_ours(target):
+        return isinstance(target, torch._ops.OpOverload) and target.namespace.startswith("quarot")
+
+    for target in filter(is_ours, list(lowering.lowerings)):
+        monkeypatch.delitem(lowering.lowerings, target)
+
+    def record(gm, *_, **__):
+        seen.extend(node.target for node in gm.graph.nodes if is_ours(node.target))
+        assert set(seen) <= set(lowering.lowerings)
+        raise RuntimeError("this is enough")
+
+    seen = []
+    monkeypatch.setattr(inductor, "compile_fx", record)
+    with pytest.raises(NestedBackendError, match="this is enough"):
+        torch.compile(model, backend="quarot")(IDS)
+    assert torch.ops.quarot.quantize_symmetric.default in seen
+
+
 def test_constants_and_static_caches_are_static_inputs(fresh_dynamo, monkeypatch):
     """What Inductor is told has a fixed address: CUDA graphs copy all else, and refuse to write to it."""
     from torch._inductor import compile_fx as inductor

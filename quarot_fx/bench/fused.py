@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from quarot_fx.lowering.triton.norm_quantize import norm_quantize
 from quarot_fx.lowering.triton.quantize_activation import quantize_activation
 from quarot_fx.lowering.triton.rope_rotate import rope_rotate
 from quarot_fx.lowering.triton.rotate_quantize import rotate_quantize
+from quarot_fx.ops.balance import random_balance
 
 HEAD = 128
 HIDDEN_WIDTHS = (4096, 8192)
@@ -56,7 +58,7 @@ def _kernels(width: int, rows: int) -> dict[str, tuple[Callable[[Tensor], Any], 
     heads = width // HEAD
     angles = torch.rand(1, rows, HEAD, device="cuda", dtype=torch.bfloat16)
 
-    rotation = f"hadamard-{HEAD}"
+    rotation, balance = f"hadamard-{HEAD}", random_balance(8, HEAD, torch.Generator())
     cache, other = (
         (
             torch.empty(1, heads, rows, HEAD // 2, device="cuda", dtype=torch.uint8),
@@ -70,11 +72,11 @@ def _kernels(width: int, rows: int) -> dict[str, tuple[Callable[[Tensor], Any], 
     def by_head(x: Tensor) -> Tensor:
         return x.view(1, rows, heads, HEAD).transpose(1, 2)
 
-    def rope(pair: Tensor) -> Tensor:
-        return rope_rotate(by_head(pair[0]), angles, angles, rotation)
+    def rope(pair: Tensor, of_queries: str | None = None) -> Tensor:
+        return rope_rotate(by_head(pair[0]), angles, angles, rotation, of_queries, of_queries is not None)
 
-    def keys(pair: Tensor) -> None:
-        append(*cache, by_head(pair[0]), position, angles, angles, None, rotation, 4, None, 0.95)
+    def keys(pair: Tensor, of_keys: str | None = None) -> None:
+        append(*cache, by_head(pair[0]), position, angles, angles, of_keys, rotation, 4, None, 0.95)
 
     def values(pair: Tensor) -> None:
         append(*cache, by_head(pair[0]), position, None, None, None, None, 4, None, 0.95)
@@ -93,7 +95,9 @@ def _kernels(width: int, rows: int) -> dict[str, tuple[Callable[[Tensor], Any], 
     return kernels | {
         "Hadamard across heads, quantise": (across_heads, 3),
         "RoPE, Hadamard": (rope, 4),
+        "RoPE, balance, Hadamard": (partial(rope, of_queries=balance), 4),
         "RoPE, Hadamard, quantise, append": (keys, 2 + stored),
+        "RoPE, balance, Hadamard, quantise, append": (partial(keys, of_keys=balance), 2 + stored),
         "quantise, append": (values, 2 + stored),
         "both of these, of keys and values": (keys_and_values, 2 * (2 + stored)),
         "quantise, append, dequantise": (values_of_prompt, 4 + stored),
