@@ -16,7 +16,7 @@ from quarot_fx.linear_like import LAYERS
 from quarot_fx.ops.norm_int_linear import WEIGHT_BITS
 from quarot_fx.passes.base import Pass
 from quarot_fx.passes.fusion import insert_fused
-from quarot_fx.passes.matching import reason_against_one_token
+from quarot_fx.passes.matching import reason_against_tokens
 from quarot_fx.program import Program
 from quarot_fx.report import PassReport
 
@@ -66,7 +66,7 @@ def _products_of_norms(graph: fx.Graph) -> Iterator[tuple[fx.Node, fx.Node]]:
 
 
 def _reason_against(product: fx.Node, norm: fx.Node) -> str | None:
-    if reason := reason_against_one_token(argument(norm, "x")):
+    if reason := reason_against_tokens(argument(norm, "x"), 1):
         return reason
     if any(argument(norm, name) is not None for name in ("addend", "direction")):
         return "the norm adds to the stream, or takes a direction out of it"

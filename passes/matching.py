@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import operator
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -108,12 +109,12 @@ def operands(node: fx.Node, target: torch._ops.OpOverload) -> Iterator[tuple[fx.
         yield second, first  # type: ignore[misc]
 
 
-def reason_against_one_token(x: fx.Node) -> str | None:
-    """Return why an activation is not one token's, if it is not."""
+def reason_against_tokens(x: fx.Node, most: int) -> str | None:
+    """Return why an activation is not one of so many tokens at most, if it is not."""
     shape = value(x).shape
-    if all(isinstance(size, int) and size == 1 for size in shape[:-1]):
+    if all(isinstance(size, int) for size in shape[:-1]) and math.prod(shape[:-1]) <= most:
         return None
-    return f"an activation {tuple(shape)} is more than one token, or not known to be one"
+    return f"an activation {tuple(shape)} has more tokens than {most}, or is not known to have no more"
 
 
 def number(given: Any) -> float | None:

@@ -52,9 +52,17 @@ def test_one_that_is_quantised_is_left_alone():
     assert "dequantize" in targets(result)
 
 
-def test_several_tokens():
-    _, report = fused(x=tokens(1, 2, WIDTH))
-    assert reasons(report) == [f"an activation (1, 2, {WIDTH}) is more than one token, or not known to be one"]
+@pytest.mark.parametrize("shape", [(1, 2), (16, 1), (3, 5)])
+def test_a_few_tokens(shape):
+    _, report = fused(x=tokens(*shape, WIDTH))
+    assert (report.matched, report.declined) == (1, [])
+
+
+def test_many_tokens():
+    _, report = fused(x=tokens(1, 17, WIDTH))
+    assert reasons(report) == [
+        f"an activation (1, 17, {WIDTH}) has more tokens than 16, or is not known to have no more"
+    ]
 
 
 @pytest.mark.parametrize(("kernels", "reason"), WHY_NOT_FUSED.items())

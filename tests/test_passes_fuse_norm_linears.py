@@ -93,7 +93,7 @@ def test_other_codes(options, reason):
 
 def test_several_tokens():
     _, report = fused(Lambda(lambda m, x: (m.a(norm(x)),), a=wide()), tokens(1, 2, WIDTH))
-    assert reasons(report) == ["an activation (1, 2, 256) is more than one token, or not known to be one"]
+    assert reasons(report) == ["an activation (1, 2, 256) has more tokens than 1, or is not known to have no more"]
 
 
 def test_products_that_stay_two():

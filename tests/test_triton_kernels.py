@@ -316,7 +316,7 @@ def test_reasons_against_appending(change: dict[str, Any], reason: str) -> None:
     assert reason in found
 
 
-@pytest.mark.parametrize(("shape", "each"), [((2, 8, 130, 128), 4), ((3, 6, 130, 64), 1)])  # 6 are not divisible by 4
+@pytest.mark.parametrize(("shape", "each"), [((4, 8, 130, 64), 8), ((2, 8, 130, 128), 4), ((3, 6, 130, 64), 1)])
 @pytest.mark.parametrize(("bits", "group"), [(2, None), (4, None), (4, 32), (8, None)])
 def test_prompts_of_many_heads(shape: tuple[int, int, int, int], each: int, bits: int, group: int | None) -> None:
     x = torch.randn(shape, generator=torch.Generator().manual_seed(bits)).bfloat16()

@@ -10,6 +10,7 @@ Importing this package imports neither Triton nor CUDA: ``<op>.py`` is imported 
 ``rotate_quantize_shared``  ``rotate_quantize`` of many long rows
 ``stacked_slabs``  how these lie in shared memory
 ``rotate_slabs``  the part of a Hadamard transform that a warp does by itself
+``float_linear_tokens``  ``float_linear`` of more tokens than one
 ``int_gemv``      the matrix product for one or two tokens
 ``int_matmul``    the matrix product for any number of tokens
 ``split_attention``  what the kernels of ``attend`` and ``attend_packed`` share

@@ -48,7 +48,7 @@ SIZES = (64, 128)  # of a head
 TOKENS = 64  # of a tile: rows of a product of four warps
 THREADS = tl.constexpr(4)  # of a row
 NEIGHBOURS = tl.constexpr(8)  # elements that a thread loads at once
-MOST_HEADS = 4  # that a program takes one after the other
+HEADS = (8, 4)  # that a program takes one after the other, if all programs have work then
 PROGRAMS = 3  # on a multiprocessor that take several heads, as many as registers allow; with fewer the latency shows
 WORD = tl.constexpr(32)  # bits of a word of codes
 SMALLEST_CLIP = 1 / 32  # quotients of 8 bits by a smaller one may not fit 16
@@ -310,10 +310,14 @@ def takes(new: Appended) -> bool:
 def heads_of_programs(parts: Sequence[Appended]) -> list[int]:
     """Return how many heads of each part a program takes: several with one matrix, if all programs have work then."""
     tiles = triton.cdiv(parts[0].x.shape[2], TOKENS)
-    programs = tiles * sum(part.x.shape[0] * part.x.shape[1] for part in parts) // MOST_HEADS
-    are_many = programs >= PROGRAMS * describe(parts[0].x.device).multiprocessors
-    share = [part.balance is None and part.x.shape[1] % MOST_HEADS == 0 for part in parts]
-    return [MOST_HEADS if are_many and one else 1 for one in share]
+    heads = tiles * sum(part.x.shape[0] * part.x.shape[1] for part in parts)
+    fewest = PROGRAMS * describe(parts[0].x.device).multiprocessors
+
+    def each(part: Appended) -> int:
+        shared = (several for several in HEADS if heads // several >= fewest and part.x.shape[1] % several == 0)
+        return 1 if part.balance is not None else next(shared, 1)
+
+    return [each(part) for part in parts]
 
 
 def launch(parts: Sequence[Appended]) -> None:

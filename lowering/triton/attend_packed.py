@@ -321,7 +321,7 @@ def attend_packed(
     device, group, pairs = describe(q.device), heads // kv_heads, batch * kv_heads
     if launch is None:
         row_bytes = max(k.block, v.block) * max(k_bits, v_bits) // 8
-        launch = tiles.nearest("attend_packed", q.device, queries=rows, row_bytes=row_bytes, keys=pairs * keys)
+        launch = tiles.nearest("attend_packed", q.device, queries=rows, row_bytes=row_bytes, heads=pairs, keys=keys)
     launch = dict(launch)
     keys_of_warp, warps, programs = launch.pop("KEYS"), launch["num_warps"], launch.pop("PROGRAMS")
     split = split_keys(triton.cdiv(keys, keys_of_warp * warps), programs * device.multiprocessors // pairs)

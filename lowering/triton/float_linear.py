@@ -1,6 +1,6 @@
 """Matrix-vector products of 16-bit floats for one token: a few whole rows of the weight for each program.
 
-No tensor core is needed for as much as memory delivers.
+No tensor core is needed for as much as memory delivers. Those of a few tokens are of ``float_linear_tokens``.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from quarot_fx.lowering.triton import tiles
+from quarot_fx.lowering.triton import float_linear_tokens, tiles
 from quarot_fx.lowering.triton.device import describe
 from quarot_fx.lowering.triton.language import as_float32, let_dependents_start, round_to, wait_for_inputs
 from quarot_fx.lowering.triton.rotation_matrices import power_of_two_from
@@ -47,11 +47,14 @@ def float_linear(x: Tensor, weight: Tensor, bias: Tensor | None, launch: Mapping
     """Return what the op declares; ``launch`` replaces the launch parameters that the tables give."""
     rows, size = weight.shape
     y = x.new_empty((*x.shape[:-1], rows))
-    if y.numel():
+    x, weight, bias = x.contiguous(), weight.contiguous(), None if bias is None else bias.contiguous()
+    if y.numel() > rows:
+        float_linear_tokens.launch(x, weight, bias, y, launch)
+    elif y.numel():
         launch = launch or tiles.nearest("float_linear", x.device, rows=rows, columns=size)
         early = describe(x.device).starts_early
         _float_linear[(triton.cdiv(rows, launch["BLOCK_N"]),)](
-            x.contiguous(), weight.contiguous(), None if bias is None else bias.contiguous(), y, rows,
+            x, weight, bias, y, rows,
             SIZE=size, COLUMNS=power_of_two_from(size), EARLY=early, launch_pdl=early, **launch,
         )  # fmt: skip
     return y

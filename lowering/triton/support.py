@@ -18,6 +18,7 @@ from quarot_fx.rotation import Rotation
 LARGEST_ROW = 65536  # elements that one program holds in registers
 FLOATS = (torch.bfloat16, torch.float16, torch.float32)
 LARGEST_TOKEN = 16384  # elements that every program of a product holds in registers besides its weights
+MOST_FLOAT_TOKENS = 16  # that a product of floats takes: the narrowest tile of the tensor cores
 LARGEST_HEAD = 256
 MOST_GROUP_QUERIES = 64  # of the heads that share keys and values: the rows of a program's tile
 PACKED_BITS = (2, 4, 8)  # of codes that never straddle two bytes
@@ -84,7 +85,7 @@ def _int_linear(codes: Tensor, scale: Tensor, zero: Tensor | None, *rest: Any) -
 
 
 def _float_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> str | None:
-    if reason := _reason_against_token(x, x.dtype):
+    if reason := _reason_against_token(x, x.dtype, MOST_FLOAT_TOKENS):
         return reason
     if x.dtype == torch.float32 or weight.dtype != x.dtype:
         return f"the activation is {x.dtype}, and the weight {weight.dtype}"
@@ -101,13 +102,13 @@ def _norm_int_linear(x: Tensor, *rest: Any) -> str | None:
     return _reason_against_token(x, dtype)
 
 
-def _reason_against_token(x: Tensor, dtype: torch.dtype) -> str | None:
+def _reason_against_token(x: Tensor, dtype: torch.dtype, most: int = 1) -> str | None:
     if reason := _reason_against_device(x.device) or _reason_against_row(x):
         return reason
     if dtype not in FLOATS:
         return f"the result is {dtype}"
-    if x.numel() > x.shape[-1]:
-        return "there are more tokens than one"
+    if x.numel() > most * x.shape[-1]:
+        return f"there are more tokens than {most}"
     if x.shape[-1] > LARGEST_TOKEN:
         return f"a token of {x.shape[-1]} elements is longer than {LARGEST_TOKEN}, which each program would hold"
     return None

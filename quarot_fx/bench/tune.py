@@ -132,7 +132,7 @@ def _time(layer: Quantized, x: torch.Tensor, launch: Candidate) -> float:
 
 def tune_attention(caches: Sequence[tuple[int, int]] = CACHES, bits: Sequence[int] = BITS) -> Table:
     """Return a table with the candidate for each number of bits that is closest to the best of all caches, in the mean;
-    of codes, for each number of keys.
+    of codes, the best for each cache.
 
     The next ones are printed: a table may want others for reasons that times do not show.
     """
@@ -145,11 +145,10 @@ def tune_attention(caches: Sequence[tuple[int, int]] = CACHES, bits: Sequence[in
             launch = _closest_to_best(launches, columns, "16 bits")
             table["attend"].append({"queries": SMALLEST_BLOCK, **of_row, "launch": launch})
             continue
-        totals = [batch * KEY_VALUE_HEADS * keys for batch, keys in caches]
-        for total in sorted(set(totals)):
-            alike = [column for column, other in zip(columns, totals, strict=True) if other == total]
-            launch = _closest_to_best(launches, alike, f"{count} bits, {total} keys")
-            table["attend_packed"].append({"queries": MMA_COLUMNS, **of_row, "keys": total, "launch": launch})
+        for (batch, keys), column in zip(caches, columns, strict=True):
+            launch = _closest_to_best(launches, [column], f"{count} bits, {batch} x {keys} keys")
+            of_cache = {**of_row, "heads": batch * KEY_VALUE_HEADS, "keys": keys}
+            table["attend_packed"].append({"queries": MMA_COLUMNS, **of_cache, "launch": launch})
     return table
 
 

@@ -22,9 +22,9 @@ def _fake(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def _inputs(generator: torch.Generator) -> Iterator[tuple[Any, ...]]:
-    def case(n: int, rows: int, dtype: torch.dtype, bias: bool = False) -> tuple[Any, ...]:
+    def case(n: int, rows: int, dtype: torch.dtype, bias: bool = False, tokens: int = 1) -> tuple[Any, ...]:
         x, weight, addend = (
-            torch.randn(shape, generator=generator).to(dtype) for shape in ((1, 1, n), (rows, n), rows)
+            torch.randn(shape, generator=generator).to(dtype) for shape in ((tokens, 1, n), (rows, n), rows)
         )
         return x, weight, addend if bias else None
 
@@ -32,6 +32,8 @@ def _inputs(generator: torch.Generator) -> Iterator[tuple[Any, ...]]:
         yield case(512, 20, dtype)
         yield case(600, 131, dtype, bias=True)
         yield case(2048, 48, dtype)
+        yield case(512, 131, dtype, tokens=16)
+        yield case(600, 20, dtype, bias=True, tokens=3)
     x, weight, _ = case(64, 16, torch.bfloat16)
     yield x[:0], weight, None
 
