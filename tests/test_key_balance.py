@@ -21,6 +21,7 @@ from quarot_fx.cli.settings import parse_setting
 from quarot_fx.config import QuarotConfig
 from quarot_fx.errors import (
     BalanceSizeError,
+    CalibrationStateError,
     KeyBalanceNotCalibratedError,
     KeyBalancesFileError,
     NotABalanceError,
@@ -152,6 +153,16 @@ def test_balances_are_found_once(tmp_path, monkeypatch):
     (tmp_path / "key_balances.safetensors").unlink()
     with pytest.raises(KeyBalancesFileError, match="cannot load"):
         found_for(model, state=tmp_path)
+
+
+def test_what_was_found_for_other_weights_is_refused(tmp_path):
+    """No code is saved of weights that are rounded to nearest, by which the state could tell models apart."""
+    found_for(tiny_model("llama"), state=tmp_path)
+    other = tiny_model("llama")
+    with torch.no_grad():
+        other.model.layers[0].self_attn.k_proj.weight[0, 0] += 1
+    with pytest.raises(CalibrationStateError, match="balances of keys: found for other weights"):
+        found_for(other, state=tmp_path)
 
 
 # -- graphs ----------------------------------------------------------------------------------------

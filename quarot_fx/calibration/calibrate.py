@@ -98,7 +98,7 @@ def calibrate(
     budget = None if bits_budget is None else Budget(bits_budget, tuple(bits_choices))
     tokens = calibration_tokens(data, tokenizer, samples, length, config.seed).to(device_of(model))
     without = () if how.quantized_inputs else OF_ACTIVATIONS
-    saved = None if state is None else CalibrationState(state, _settings(config, how, tokens, budget))
+    saved = None if state is None else CalibrationState(state, _settings(config, how, tokens, budget), model)
     keys: tuple[BalancedKeys, ...] = ()
     if config.key_balance == SEARCH:
         find = partial(find_key_balances, model, tokens, offload)

@@ -9,10 +9,12 @@ import hashlib
 import json
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import cached_property
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from torch import fx
+from torch import fx, nn
 
 from quarot_fx.balance import KeyBalances
 from quarot_fx.calibration.calibrated import PackedCodes
@@ -46,13 +48,15 @@ class CalibrationState:
     Args:
         folder: is made if it is not there.
         settings: all that the codes depend on besides the weights, as JSON-able data.
+        model: that is calibrated.
 
     Raises:
         CalibrationStateError: the folder belongs to a calibration with other settings.
         MissingExtraError: ``safetensors`` is not installed.
     """
 
-    def __init__(self, folder: str | Path, settings: dict[str, Any]) -> None:
+    def __init__(self, folder: str | Path, settings: dict[str, Any], model: Callable[..., Any]) -> None:
+        self._model = model
         self._safetensors = import_extra("safetensors.torch", extra="calibration")
         self._folder, self._index = Path(folder), Path(folder) / INDEX
         self._steps: list[dict[str, Any]] = []
@@ -72,11 +76,27 @@ class CalibrationState:
         return len(self._steps)
 
     def once(self, question: str, answer: Callable[[], Any]) -> Any:
-        """Return JSON-able data that does not depend on the steps, as it was found the first time."""
+        """Return JSON-able data that does not depend on the steps, as it was found the first time.
+
+        Raises:
+            CalibrationStateError: it was found for other weights.
+        """
         if question not in self._answers:
-            self._answers[question] = answer()
+            self._answers[question] = {"answer": answer(), "digest": self._digest_of_model}
             self._write()
-        return self._answers[question]
+        known = self._answers[question]
+        if known["digest"] != self._digest_of_model:
+            reason = f"{question}: found for other weights than this model has"
+            raise CalibrationStateError(folder=str(self._folder), reason=reason)
+        return known["answer"]
+
+    @cached_property
+    def _digest_of_model(self) -> str:
+        digest = hashlib.blake2b()
+        model = self._model if isinstance(self._model, nn.Module) else nn.Module()
+        for name, tensor in chain(model.named_parameters(), model.named_buffers()):
+            digest.update(name.encode() + (b"" if tensor.is_meta else content(tensor)))
+        return digest.hexdigest()
 
     def balances(
         self, find: Callable[[], tuple[KeyBalances, tuple[BalancedKeys, ...]]]
@@ -84,6 +104,7 @@ class CalibrationState:
         """Return how keys are balanced, as it was found the first time.
 
         Raises:
+            CalibrationStateError: it was found for other weights.
             KeyBalancesFileError: the matrices are no longer there.
         """
 
