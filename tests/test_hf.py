@@ -15,6 +15,7 @@ from transformers.quantizers.auto import AutoHfQuantizer
 
 import quarot_fx
 from quarot_fx.errors import CheckpointOptionError, CorruptCheckpointError, UnknownOptionError
+from quarot_fx.float64 import relative_difference
 from quarot_fx.hf import QuarotQuantizationConfig
 
 IDS = random_token_ids()
@@ -62,7 +63,8 @@ def test_from_pretrained_reads_what_save_wrote(tmp_path, model_type, config):
     assert model.config.quantization_config.quarot.w_clip == 1.0
     assert (model.get_input_embeddings().weight is model.get_output_embeddings().weight) == bool(config)
     assert model._compiled_call_impl is not None
-    assert torch.equal(logits(compiled(model)), expected)
+    # Where a weight lies in memory decides on some processors in what order a product is added up.
+    assert relative_difference([logits(compiled(model))], [expected]) < 1e-5
 
 
 def test_a_model_is_quantised_while_it_is_loaded_and_saved(tmp_path):

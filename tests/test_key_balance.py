@@ -226,7 +226,7 @@ def test_keys_of_16_bits_are_left():
 # -- caches ----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", ["static", "growing"])
+@pytest.mark.parametrize("kind", ["static", pytest.param("growing", marks=pytest.mark.slow)])
 def test_a_cache_says_what_a_graph_without_one_says(kind):
     """In float64: a prompt, a chunk and a token."""
     model = double_model("llama")

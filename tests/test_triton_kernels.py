@@ -126,8 +126,10 @@ def test_several_programs_make_of_a_row_what_one_makes(size: int, dtype: torch.d
         rotate_quantize(*arguments, launch={"ROWS": 1, "num_warps": 4, "num_stages": 1} | parts)
         for parts in ({}, {"PART": 128})
     )
+    # On some processors the sums of the interpreter's float32 products depend on how many rows there are.
+    how = {"rtol": 1e-6, "atol": 0} if DEVICE == "cpu" and dtype == torch.float32 else {"rtol": 0, "atol": 0}
     for alone, together in zip(one, several, strict=True):
-        assert torch.equal(alone.nan_to_num(7), together.nan_to_num(7))
+        torch.testing.assert_close(alone, together, equal_nan=True, **how)
 
 
 def rows_of_slabs(size: int, rows_more: int = 0) -> tuple[torch.Tensor, StackedSlabs]:
