@@ -11,7 +11,7 @@ from torch._dynamo.exc import RestartAnalysis
 from quarot_fx.errors import NestedBackendError, UnknownOptionError
 from quarot_fx.lowering.lift import Lifted
 from quarot_fx.ops import DECLARATIONS
-from quarot_fx.ops.declaration import LIBRARY
+from quarot_fx.ops.declaration import declaration_of, reference_of
 
 MODES: dict[str, dict[str, Any]] = {
     "default": {},
@@ -73,8 +73,7 @@ def register_fallbacks(graph: torch.fx.Graph) -> None:
     from torch._library.utils import get_layout_constraint_tag
 
     for target in {node.target for node in graph.nodes if node.op == "call_function"}:
-        is_ours = isinstance(target, torch._ops.OpOverload) and target.namespace.partition("_")[0] == LIBRARY.ns
-        if is_ours and target not in lowerings:
+        if declaration_of(reference_of(target)) is not None and target not in lowerings:
             make_fallback(target, tag_to_layout_constraint(get_layout_constraint_tag(target)))
 
 

@@ -78,8 +78,8 @@ def test_four_bits_decode_token_by_token_as_at_once(name, kind):
     """Weights, tokens, and keys and values of a token are rounded the same, however many tokens come at a time.
 
     In float64 the order of a sum changes it by 1e-16, and where a model casts to float32 a few values by 1e-7. So
-    next to nothing is near enough to a tie to be rounded differently, on one processor or another: in one sequence of
-    four it may be. A 4-bit code that differed would show far above 1e-6.
+    nothing is near enough to a tie to be rounded differently; a 4-bit code that differed would show far above 1e-6.
+    One of Mixtral's sequences is, on some processors, and only of its four one may be.
     """
     model = BY_NAME[name].build().double()
     ids = random_token_ids(2 * BATCH, LENGTH)
@@ -87,7 +87,7 @@ def test_four_bits_decode_token_by_token_as_at_once(name, kind):
     at_once, _ = generate(compiled, CACHES[kind](model.config), ids, prompt=LENGTH)
     by_token, _ = generate(compiled, CACHES[kind](model.config), ids, prompt=1)
     differences = [relative_difference([one], [other]) for one, other in zip(by_token, at_once, strict=True)]
-    assert median_high(differences) < 1e-6
+    assert (median_high if name == "mixtral" else max)(differences) < 1e-6
 
 
 @pytest.mark.parametrize("kv_bits", [4, 16])

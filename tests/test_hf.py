@@ -63,8 +63,11 @@ def test_from_pretrained_reads_what_save_wrote(tmp_path, model_type, config):
     assert model.config.quantization_config.quarot.w_clip == 1.0
     assert (model.get_input_embeddings().weight is model.get_output_embeddings().weight) == bool(config)
     assert model._compiled_call_impl is not None
-    # Where a weight lies in memory decides on some processors in what order a product is added up.
-    assert relative_difference([logits(compiled(model))], [expected]) < 1e-5
+    actual = logits(compiled(model))
+    if model_type == "mixtral":  # where weights lie decides, on some processors, how products are added up
+        assert relative_difference([actual], [expected]) < 1e-5
+    else:
+        assert torch.equal(actual, expected)
 
 
 def test_a_model_is_quantised_while_it_is_loaded_and_saved(tmp_path):
